@@ -1,0 +1,61 @@
+# `make` lists the commands.  Each sets up what it needs in .venv first.
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PAPERMILL := VIT_CWD="$(CURDIR)" papermill -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
+STRIP := python -c 'import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); \
+    [part.metadata.pop(name, None) for part in (nb, *nb.cells) for name in ("papermill", "widgets")]; \
+    [cell.metadata.pop("tags", None) for cell in nb.cells if not cell.metadata.get("tags")]; nbformat.write(nb, sys.argv[2])'
+OUT ?= comparison
+
+help:           ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: .venv/done   ## make .venv and install requirements.txt
+.venv/done: requirements.txt
+	python3 -m venv .venv
+	pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+train: setup    ## train the four contestants on digits (a few minutes on two cores)
+	bash train_job.sh
+
+test: setup     ## all tests, the notebooks among them
+	pytest -q tests notebooks --nbval-lax --nbval-current-env
+
+figures: setup  ## draw every picture in img/ and fill the README's tables from runs/published/
+	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/04_inside.ipynb runs/.figures.ipynb -r output .
+
+compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
+	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
+	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
+	@echo "see $(OUT)/README.md"
+
+runs: setup     ## list the runs that are here
+	@python -c "import vit_helpers; vit_helpers.print_runs()"
+
+published: setup   ## train the published runs where they are missing (over an hour on two cores)
+	for seed in 0 1 2; do bash train_job.sh -r run published/digits-seed$$seed -p seed $$seed || exit; done
+	for seed in 0 1 2; do bash train_job.sh -r run published/fashion-mnist-seed$$seed-vit -p seed $$seed -p dataset fashion-mnist -p model vit || exit; done
+	bash train_job.sh -r run published/fashion-mnist-adamw-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw
+	for model in towervit towervit-wide towervit-matched; do \
+	    bash train_job.sh -r run published/fashion-mnist-seed0-$$model -p dataset fashion-mnist -p model $$model || exit; done
+	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
+
+notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
+	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
+	@for name in notebooks/*.ipynb; do \
+	    echo $$name; VIT_HOME=$(CURDIR)/runs/.notebooks $(PAPERMILL) $$name runs/.notebooks/out.ipynb >/dev/null || exit; \
+	    $(STRIP) runs/.notebooks/out.ipynb $$name || exit; done
+
+data: setup     ## fetch a data set for machines without a network: make data DATASET=cifar10
+	@test -n "$(DATASET)" || { echo 'say which: make data DATASET=cifar10'; exit 2; }
+	@python -c "import vit_helpers; print(len(vit_helpers.load_data('$(DATASET)').train), 'training pictures in', vit_helpers.DATA)"
+
+lab: setup      ## open the suite in JupyterLab, on this machine only
+	jupyter lab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
+
+tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
+	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost
+
+.PHONY: help setup train test figures compare runs published notebooks data lab tensorboard

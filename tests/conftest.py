@@ -1,0 +1,55 @@
+"""Every test and every notebook that is run as one writes to a folder of its own, never to the project's runs/."""
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers when it is imported, here and in kernels
+for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
+    os.environ.pop(name, None)
+
+import torch
+import vit_helpers
+
+
+def pytest_sessionfinish(session):
+    """nbval marks the cells after a timed-out one as expected failures: that must not pass.  And nothing is left behind."""
+    shutil.rmtree(os.environ["VIT_HOME"], ignore_errors=True)
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and reporter.stats.get("xfailed"):
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def models():
+    return vit_helpers.load_notebook("01_models")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return vit_helpers.load_data("digits")
+
+
+@pytest.fixture
+def settings():
+    """Makes the full settings of a small run on digits, two threads or less apart from what is asked for."""
+    def make(**changes):
+        settings = vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "epochs": 3, **changes})
+        config = {**settings, "in_channels": 1, "num_classes": 10, "precision": "fp32"}
+        config["class"], config["model_settings"] = vit_helpers.model_settings(config)
+        return config
+    return make
+
+
+@pytest.fixture
+def train(digits):
+    """Trains a fresh model by given settings and returns (model, history)."""
+    def run(config, folder=None, data=digits, **options):
+        model = vit_helpers.build_model(config)
+        return model, vit_helpers.train_and_validation_loop(model, data, config, config["epochs"], torch.device("cpu"), folder=folder, **options)
+    return run

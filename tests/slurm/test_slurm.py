@@ -1,0 +1,152 @@
+"""train_job.sh on a real SLURM: two virtual nodes on this machine (up.sh), gloo, real notebooks, real signals."""
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import vit_helpers
+
+HERE = Path(__file__).parent
+SCRIPT = vit_helpers.ROOT / "train_job.sh"
+missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
+pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root")
+SMALL = ["-p", "model", "vit", "-p", "dims", "16,32", "-p", "head_dim", "8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm(tmp_path_factory):
+    """SLURM for these tests, in a folder of its own; gone afterwards."""
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run([HERE / "up.sh", folder], check=True)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    yield folder
+    subprocess.run([HERE / "down.sh", folder])
+    del os.environ["SLURM_CONF"]
+
+
+def submit(tmp_path, *options, run, parameters=()):
+    """sbatch train_job.sh; returns the job's number."""
+    command = ["sbatch", "--parsable", f"--chdir={tmp_path}", *options, str(SCRIPT), *SMALL, "-r", "run", run, *map(str, parameters)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.strip()
+
+
+def job(number):
+    """The fields of scontrol's record of a job."""
+    shown = subprocess.run(["scontrol", "-o", "show", "job", number], capture_output=True, text=True).stdout
+    return dict(word.split("=", 1) for word in shown.split("\n")[0].split() if "=" in word)
+
+
+def wait(number, tmp_path, states=("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"), seconds=300):
+    """Wait until the job is in one of these states; returns its record."""
+    deadline = time.monotonic() + seconds
+    while job(number).get("JobState") not in states:
+        assert time.monotonic() < deadline, f"job {number} is {job(number).get('JobState')}\n" + log_of(number, tmp_path)
+        time.sleep(0.5)
+    return job(number)
+
+
+def log_of(number, tmp_path):
+    path = tmp_path / f"vit-{number}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for_line(number, tmp_path, text, seconds=200):
+    deadline = time.monotonic() + seconds
+    while text not in log_of(number, tmp_path):
+        assert time.monotonic() < deadline and job(number)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), log_of(number, tmp_path)
+        time.sleep(0.2)
+
+
+def numbers(run):
+    """What a run came to, timings aside."""
+    results = json.loads((vit_helpers.RUNS / run / "results.json").read_text())
+    history = {tag: values for tag, values in vit_helpers.read_history(run).items() if tag != "images_per_second"}
+    return {name: value for name, value in results.items() if name not in ("seconds", "images_per_second")}, history
+
+
+def config(run):
+    return json.loads((vit_helpers.RUNS / run / "config.json").read_text())
+
+
+def test_one_task_equals_bash(tmp_path):
+    number = submit(tmp_path, run="slurm/one", parameters=["-p", "epochs", 2])
+    assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
+    subprocess.run(["bash", SCRIPT, *SMALL, "-r", "run", "slurm/bash", "-p", "epochs", "2"], check=True, capture_output=True, cwd=tmp_path)
+    assert numbers("slurm/one") == numbers("slurm/bash")
+    assert (vit_helpers.RUNS / "slurm" / "one" / "02_training.ipynb").exists() and "epoch   2/2  loss" in log_of(number, tmp_path)
+    assert not list(vit_helpers.RUNS.glob(".job-*"))
+
+
+def test_two_ranks_preempted_equal_two_ranks_undisturbed(tmp_path):
+    options, epochs = ["--gpus-per-node=2", "--nodes=1"], ["-p", "epochs", 12]
+    reference = submit(tmp_path, *options, run="slurm/two", parameters=epochs)
+    assert wait(reference, tmp_path)["JobState"] == "COMPLETED", log_of(reference, tmp_path)
+    assert config("slurm/two")["ranks"] == 2 and config("slurm/two")["threads"] == max(1, os.cpu_count() // 2)
+    number = submit(tmp_path, *options, run="slurm/preempted", parameters=epochs)
+    wait_for_line(number, tmp_path, "epoch   3/12")
+    subprocess.run(["sbatch", "-p", "high", "--nodes=2", "--gpus-per-node=2", "--exclusive", f"--chdir={tmp_path}", "--wrap", "sleep 2"], check=True)
+    record = wait(number, tmp_path)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", log_of(number, tmp_path)
+    assert numbers("slurm/preempted") == numbers("slurm/two")
+
+
+def test_two_nodes_and_a_failing_rank(tmp_path):
+    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/four", parameters=["-p", "epochs", 2])
+    assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
+    assert config("slurm/four")["ranks"] == 4
+    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/failing", parameters=["-p", "epochs", 200])
+    wait_for_line(number, tmp_path, "epoch   1/200")
+    for kernel in processes(RANK="3", SLURM_JOB_ID=number):
+        if "ipykernel_launcher" in command_of(kernel):
+            os.kill(kernel, 9)
+    started = time.monotonic()
+    record = wait(number, tmp_path)
+    assert record["JobState"] == "FAILED" and record["Restarts"] == "0" and time.monotonic() - started < 40
+    assert not processes(SLURM_JOB_ID=number)
+
+
+def test_out_of_time_equals_undisturbed(tmp_path):
+    epochs = ["-p", "epochs", 60]
+    number = submit(tmp_path, "--time=1", "--signal=B:USR1@30", run="slurm/timed", parameters=epochs)
+    record = wait(number, tmp_path, seconds=400)
+    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, log_of(number, tmp_path)
+    subprocess.run(["bash", SCRIPT, *SMALL, "-r", "run", "slurm/untimed", *map(str, epochs)], check=True, capture_output=True, cwd=tmp_path)
+    assert numbers("slurm/timed") == numbers("slurm/untimed")
+
+
+def test_a_cancelled_job_stays_cancelled(tmp_path):
+    number = submit(tmp_path, run="slurm/cancelled", parameters=["-p", "epochs", 200])
+    wait_for_line(number, tmp_path, "epoch   2/200")
+    subprocess.run(["scancel", number], check=True)
+    record = wait(number, tmp_path)
+    assert record["JobState"] == "CANCELLED" and record["Restarts"] == "0"
+    time.sleep(3)
+    assert job(number)["JobState"] == "CANCELLED" and not processes(SLURM_JOB_ID=number)
+    assert vit_helpers.load_checkpoint(vit_helpers.SAVED_MODELS / "slurm" / "cancelled" / "last.pt")["epoch"] >= 2
+
+
+def test_an_array_trains_a_seed_a_task(tmp_path):
+    number = submit(tmp_path, "--array=0-2", run="slurm/array", parameters=["-p", "epochs", 1])
+    for task in range(3):
+        assert wait(f"{number}_{task}", tmp_path)["JobState"] == "COMPLETED"
+    runs = vit_helpers.read_runs(["slurm/array-*"])
+    assert [run["config"]["seed"] for run in runs] == [0, 1, 2] and len({run["results"]["val_loss"] for run in runs}) == 3
+
+
+def command_of(process):
+    return Path(f"/proc/{process}/cmdline").read_bytes().decode().replace("\0", " ")
+
+
+def processes(**marks):
+    """The processes that have these variables in their environment."""
+    wanted, found = {f"{name}={value}".encode() for name, value in marks.items()}, []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted <= set(path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue                                    # it has ended, or is not ours to read
+    return found

@@ -1,0 +1,299 @@
+"""Data, the training loop, checkpoints and run folders, through the helper's public functions."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import vit_helpers
+from PIL import Image
+
+TIMINGS = {"seconds", "time", "images_per_second"}
+
+
+def untimed(history):
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in history]
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+# ---- notebooks as modules
+
+def test_load_notebook_in_a_fresh_process_names_the_cell_of_an_error():
+    code = """
+import pickle, traceback, vit_helpers
+models = vit_helpers.load_notebook("01_models")
+assert models is vit_helpers.load_notebook("01_models")
+assert pickle.loads(pickle.dumps(models.TowerViT(dim=32, depth=1))).pool == "cls"
+try:
+    models.ViT(pool="x")
+except ValueError:
+    traceback.print_exc()       # with the source lines, as IPython and pytest show them
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=vit_helpers.ROOT, capture_output=True, text=True).stderr
+    assert "01_models.ipynb, cell " in shown and "check_model_settings(image_size" in shown
+    assert shown.splitlines()[-1].startswith("ValueError: pool is 'x'")
+
+
+# ---- data
+
+def test_splits_are_apart_seeded_and_stratified(digits):
+    again, other = vit_helpers.load_data("digits"), vit_helpers.load_data("digits", seed=1)
+    assert torch.equal(digits.val.pictures, again.val.pictures) and not torch.equal(digits.val.pictures, other.val.pictures)
+    assert torch.equal(digits.test.pictures, other.test.pictures)
+    rows = [{picture.numpy().tobytes() for picture in split.pictures} for split in (digits.train, digits.val, digits.test)]
+    assert len(digits.train) + len(digits.val) + len(digits.test) == 1797
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+    assert torch.bincount(digits.val.labels).min() >= 13
+
+
+def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks():
+    pictures = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(32, 3, 1, 1) + 1
+    whole = vit_helpers.augment(pictures, "crop,flip", vit_helpers.generator(0, 1, 2))
+    assert len({picture.numpy().tobytes() for picture in whole}) > 12         # 9 shifts, each also mirrored
+    for world in (2, 3):
+        for rank in range(world):
+            share = slice(rank, 32, world)
+            assert torch.equal(vit_helpers.augment(pictures[share], "crop,flip", vit_helpers.generator(0, 1, 2), share), whole[share])
+    assert torch.equal(vit_helpers.augment(pictures, "none", vit_helpers.generator(0)), pictures)
+
+
+@pytest.fixture
+def folder(tmp_path, digits):
+    """A folder of digits 0, 1 and 2 as images of several modes and sizes, with things in it that are none."""
+    for i in range(90):
+        label, picture = i % 3, digits.train.pictures[digits.train.labels == i % 3][i // 3][0].numpy()
+        path = tmp_path / "pictures" / f"digit {label}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(picture).resize((8 + i % 5, 9))
+        image.convert(["L", "RGB", "P", "RGBA", "1"][i % 5]).save(path)
+    (path.parent / "notes.txt").write_text("no image")
+    (path.parent / "broken.png").write_bytes(b"\x89PNG broken")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_folder_of_images(folder, monkeypatch, in_memory, settings, train):
+    if not in_memory:
+        monkeypatch.setattr(vit_helpers, "IN_MEMORY", 0)
+        (folder / "digit 2" / "broken.png").unlink()
+    data = vit_helpers.load_data(str(folder), image_size=8, val_fraction=0.2, channels=1)
+    assert data.classes == ["digit 0", "digit 1", "digit 2"] and len(data.train) + len(data.val) + len(data.test) == 90
+    assert isinstance(data.train.pictures, torch.Tensor) == in_memory
+    assert f"{2 if in_memory else 1} files passed over" in data.notes[0] and "digit 2" in data.notes[0]
+    _, history = train({**settings(epochs=12, batch_size=8, workers=0), "num_classes": 3}, data=data)
+    assert history[-1]["train_accuracy"] > 0.6
+
+
+def test_train_val_and_test_folders(folder, tmp_path):
+    for part in ("train", "val", "test"):
+        for label in ("digit 0", "digit 1"):
+            (tmp_path / "parts" / part / label).mkdir(parents=True)
+            for number, image in enumerate(sorted((folder / label).glob("*.png"))[:4]):
+                (tmp_path / "parts" / part / label / f"{number}.png").write_bytes(image.read_bytes())
+    data = vit_helpers.load_data(str(tmp_path / "parts"), image_size=8)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 8, 8)
+    (tmp_path / "parts" / "test" / "digit 1").rename(tmp_path / "parts" / "test" / "seven")
+    with pytest.raises(ValueError, match=r"classes in test/ differ.*'digit 1', 'seven'"):
+        vit_helpers.load_data(str(tmp_path / "parts"), image_size=8)
+
+
+@pytest.mark.parametrize("dataset, error, said", [
+    ("fashionmnist", ValueError, "did you mean 'fashion-mnist'"), ("no/such/folder", FileNotFoundError, "no folder .*such/folder")])
+def test_unknown_data_sets_are_refused(dataset, error, said):
+    with pytest.raises(error, match=said):
+        vit_helpers.load_data(dataset)
+
+
+# ---- training
+
+def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, train):
+    config = settings(dropout=0.1, drop_path=0.1, epochs=4)
+    reference, history = train(config, tmp_path / "one")
+    job = tmp_path / "job"
+    job.mkdir()
+    monkeypatch.setenv("VIT_JOB", str(job))
+    real, calls = vit_helpers.stop_if_asked, []
+
+    def stop_twice(*arguments):
+        calls.append(1)
+        if len(calls) in (50, 130):                 # in the middle of the second epoch and of the fourth
+            (job / "stop").touch()
+        real(*arguments)
+
+    monkeypatch.setattr(vit_helpers, "stop_if_asked", stop_twice)
+    for expected in ("epoch 2 after step 10", "epoch 4 after step 10"):
+        with pytest.raises(vit_helpers.Stopped, match=expected):
+            train(config, tmp_path / "two")
+        assert (job / "saved").exists()
+        (job / "stop").unlink()
+    resumed, second = train(config, tmp_path / "two")
+    assert untimed(second) == untimed(history) and same_weights(resumed, reference)
+    best = [vit_helpers.load_checkpoint(tmp_path / name / "best.pt") for name in ("one", "two")]
+    assert best[0]["epoch"] == best[1]["epoch"] and best[0]["model"].keys() == best[1]["model"].keys()
+    assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "adamw"])
+def test_same_seed_same_curve(recipe, settings, train):
+    config = settings(recipe=recipe, epochs=1)
+    assert untimed(train(config)[1]) == untimed(train(config)[1]) != untimed(train(settings(recipe=recipe, epochs=1, seed=1))[1])
+
+
+def test_accumulated_gradients_give_the_same_step(settings, train):
+    config = settings(epochs=1)
+    whole, parts = train(config)[1][0], train({**config, "micro_batch_size": 5})[1][0]
+    assert whole["train_loss"] == pytest.approx(parts["train_loss"], rel=1e-5)
+    assert whole["val_loss"] == pytest.approx(parts["val_loss"], rel=1e-4)
+
+
+def test_best_checkpoint_is_the_lowest_validation_loss(tmp_path, digits, settings, train):
+    config = settings(epochs=6, learning_rate=0.3)
+    _, history = train(config, tmp_path)
+    best = vit_helpers.load_checkpoint(tmp_path / "best.pt")
+    losses = [row["val_loss"] for row in history]
+    assert best["epoch"] == 1 + losses.index(min(losses))
+    model = vit_helpers.build_model(config)
+    model.load_state_dict(best["model"])
+    assert vit_helpers.evaluate(model, digits, digits.val, config)["loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_what_is_not_decayed(models):
+    model = models.ViT(8, 2, 1, 10, dims=(16, 32), head_dim=8)
+    groups = vit_helpers.make_optimizer(model, dict(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.1)).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert names == {name for name, _ in model.named_parameters()
+                     if name.endswith("weight") and "norm" not in name} and sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [vit_helpers.learning_rate_at(epoch, dict(learning_rate=2.0, warmup_epochs=2), 10) for epoch in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 1, 2, 1, 0])
+
+
+def test_damaged_checkpoints(tmp_path, capsys, settings, train):
+    config = settings(epochs=2)
+    reference, _ = train(config, tmp_path)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:1000])
+    resumed, history = train(config, tmp_path)
+    shown = capsys.readouterr().out
+    assert f"warning: {tmp_path / 'last.pt'} is damaged" in shown and "going on from previous.pt" in shown
+    assert len(history) == 2 and same_weights(resumed, reference)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="No earlier checkpoint is readable"):
+        train(config, tmp_path)
+
+
+def test_resume_with_other_settings_is_refused(tmp_path, settings, train):
+    train(settings(epochs=1), tmp_path)
+    with pytest.raises(ValueError, match="learning_rate was 0.1 and is now 0.2"):
+        train(settings(epochs=1, learning_rate=0.2), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, settings, train):
+    with pytest.raises(FloatingPointError, match="training loss is .* in epoch 1, step .* at learning rate"):
+        train(settings(learning_rate=1e30, clip=0.0, warmup_epochs=0.0), tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_run_is_locked_while_it_is_trained(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(vit_helpers.ROOT)!r}); import pathlib, vit_helpers; vit_helpers.lock_run(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(RuntimeError, match="is being trained by another process"):
+        vit_helpers.lock_run(tmp_path)
+    holder.kill()                                                       # a dead process blocks nobody
+    holder.wait()
+    vit_helpers.lock_run(tmp_path)
+
+
+# ---- parameters
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(model="resnet"), "model is 'resnet'.*Allowed: vit, towervit"), (dict(recipe="sdg"), "did you mean 'sgd'"),
+    (dict(epochs=-3), "epochs is -3"), (dict(dims="64;64"), "dims is '64;64'"), (dict(augment="cutout"), "augment is 'cutout'"),
+    (dict(label_smoothing=1.5), "label_smoothing is 1.5"), (dict(run="../x"), "run is '../x'"), (dict(precision="fp8"), "fp8"),
+    (dict(learning_rate=float("nan")), "learning_rate is nan"), (dict(depth=-1), "depth is -1")])
+def test_values_that_are_not_allowed(changes, said):
+    with pytest.raises(ValueError, match=said):
+        vit_helpers.resolve({**vit_helpers.default_parameters(), **changes})
+
+
+@pytest.mark.parametrize("value, default, result", [(7, "", "7"), ("true", False, True), (2e5, 0, 200000), (1, 0.0, 1.0)])
+def test_what_papermill_makes_of_a_value_is_put_right(value, default, result):
+    got = vit_helpers.as_type("x", value, default)
+    assert got == result and type(got) is type(result)
+
+
+@pytest.mark.parametrize("value, default", [("two", 1), (1.5, 1), ("maybe", False), ([1], "")])
+def test_values_of_the_wrong_type(value, default):
+    with pytest.raises(ValueError, match="parameter 'x' is"):
+        vit_helpers.as_type("x", value, default)
+
+
+def test_contestants_have_the_widths_that_they_promise(settings):
+    made = {name: settings(model=name, dims="", head_dim=0)["model_settings"] for name in vit_helpers.CONTESTANTS}
+    dims = made["vit"]["dims"]
+    assert made["towervit"]["dim"] == dims[0] and made["towervit-wide"]["dim"] == dims[-1]
+    counts = {name: vit_helpers.count_parameters(vit_helpers.build_model(settings(model=name, dims="", head_dim=0))) for name in made}
+    assert abs(counts["towervit-matched"] / counts["vit"] - 1) < 0.02
+
+
+# ---- pictures of one's own
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model from `load_model`'s kind of checkpoint, trained for a moment."""
+    config = {**vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8}), "in_channels": 1, "num_classes": 10,
+              "mean": [0.3], "std": [0.4], "classes": [f"digit {i}" for i in range(10)]}
+    config["class"], config["model_settings"] = vit_helpers.model_settings(config)
+    folder = vit_helpers.SAVED_MODELS / "for-predict"
+    folder.mkdir(parents=True, exist_ok=True)
+    vit_helpers.save(folder / "best.pt", {"model": vit_helpers.build_model(config).half().state_dict(), "config": config, "epoch": 1})
+    return "for-predict"
+
+
+def test_predict_takes_pictures_of_any_kind(trained, tmp_path, digits):
+    picture = digits.test.pictures[0]
+    array = picture[0].numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    Image.fromarray(array.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    expected = vit_helpers.predict(trained, array)
+    assert len(expected) == 3 and expected[0][0].startswith("digit ") and expected[0][1] >= expected[1][1]
+    for same in (tmp_path / "a.png", tmp_path / "b.png", Image.fromarray(array), Image.fromarray(array).convert("CMYK"), picture):
+        assert vit_helpers.predict(trained, same)[0][0] == expected[0][0]
+    assert len(vit_helpers.predict(trained, [array, tmp_path / "a.png"])) == 2 == len(vit_helpers.predict(trained, picture[None].repeat(2, 1, 1, 1)))
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="text.png cannot be read as a picture"):
+        vit_helpers.predict(trained, tmp_path / "text.png")
+
+
+def test_load_model_names_near_runs(trained):
+    with pytest.raises(FileNotFoundError, match="near it: for-predict"):
+        vit_helpers.load_model("for-predct")
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+    torch.save({"model": Payload(), "config": {}}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        vit_helpers.load_checkpoint(tmp_path / "best.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_and_half_written_run_folders_are_passed_over(capsys):
+    for name, content in {"foreign": {"x.txt": "x"}, "half": {"config.json": json.dumps({"model": "vit"})}, "broken": {"config.json": "{"}}.items():
+        for file, text in content.items():
+            (vit_helpers.RUNS / "odd" / name).mkdir(parents=True, exist_ok=True)
+            (vit_helpers.RUNS / "odd" / name / file).write_text(text)
+    (vit_helpers.RUNS / "odd" / "empty").mkdir()
+    assert [run for run in vit_helpers.read_runs() if "odd" in run["run"]] == []
+    shown = capsys.readouterr().out
+    assert all(f"passed over {name}" in shown for name in ("foreign", "half", "broken"))

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Train by papermill, on a laptop, a GPU, a node or a cluster.  Options are papermill's: parameters of notebooks/02_training.ipynb.
+#   bash train_job.sh                                          the four contestants on digits, one after the other
+#   bash train_job.sh -p model vit -p dataset fashion-mnist    one model
+#   NPROC=2 bash train_job.sh …                                two processes on this machine
+#   sbatch [--gpus-per-node=8] [--nodes=4] train_job.sh …      one GPU, a node, several nodes
+#   sbatch --array=0-4 train_job.sh -p model vit …             a seed a task
+# The same command again goes on with a run that was stopped.  Preempted or out of time, a job saves and requeues itself.
+# VIT_SETUP: a file to source first (modules, conda); without it, .venv beside this script is used.  VIT_HOME: where data/,
+# runs/ and saved_models/ are, if not here.
+#SBATCH --job-name=vit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=2
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -uo pipefail
+say() { echo "$(date +%T) train_job: $*"; }
+
+# As a batch job, this is a copy in SLURM's spool folder; the job's record knows where the original is.
+script=${BASH_SOURCE[0]} job=""
+if [ ! -e "$(dirname "$script")/vit_helpers.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    job=$SLURM_JOB_ID
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    script=$(scontrol -o show job "$job" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
+fi
+ROOT=$(cd "$(dirname "$script")" && pwd) || exit 1
+VIT_HOME=${VIT_HOME:-$ROOT} VIT_CWD=${VIT_CWD:-$PWD}
+mkdir -p "$VIT_HOME/runs" && VIT_HOME=$(cd "$VIT_HOME" && pwd) || exit 1
+NPROC=${NPROC:-1} NODES=1
+[ -n "$job" ] && NPROC=${SLURM_GPUS_ON_NODE:-1} NODES=${SLURM_NNODES:-1}
+export ROOT VIT_HOME VIT_CWD NPROC NODES
+set +u                                              # module files and conda know no `set -u`
+# shellcheck disable=SC1090,SC1091
+if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"; elif [ -d "$ROOT/.venv" ]; then . "$ROOT/.venv/bin/activate"; fi
+set -u
+command -v papermill >/dev/null || { say "no papermill: run \`make setup\` in $ROOT, or name a file to source in VIT_SETUP"; exit 1; }
+
+# Which models, and under what names.
+model="" prefix="" seed="" arguments=()
+while [ $# -gt 0 ]; do
+    case "$1 ${2:-}" in
+        "-p model"|"-r model") model=${3?"$2 needs a value"} ;;
+        "-p run"|"-r run") prefix=${3?"$2 needs a value"} ;;
+        "-p seed"|"-r seed") seed=${3?"$2 needs a value"} ;;
+        -[pr]\ ?*) arguments+=("$1" "$2" "${3?"$2 needs a value"}") ;;
+        *) say "do not know '$1': options are -p NAME VALUE or -r NAME TEXT"; exit 2 ;;
+    esac
+    shift 3
+done
+models=${model:-vit towervit towervit-wide towervit-matched}
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    [ -z "$seed" ] || { say "in an array, the task's number is the seed: leave out -p seed"; exit 2; }
+    seed=$SLURM_ARRAY_TASK_ID prefix=${prefix:+$prefix-seed$seed}
+fi
+
+# The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never see a signal.
+if [ -n "$job" ]; then VIT_JOB=$VIT_HOME/runs/.job-$job; else VIT_JOB=$(mktemp -d "$VIT_HOME/runs/.job-XXXXXX"); fi
+export VIT_JOB
+rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
+# shellcheck disable=SC2317                         # called by the traps
+asked() {
+    [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ] && { say "interrupted twice: killed"; rm -rf "$VIT_JOB"; kill -KILL 0; }
+    say "$1: the training saves after its step and stops"; touch "$VIT_JOB/stop"
+}
+trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
+
+# Rank 0 lives on the job's first node.
+export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
+if [ "$NODES" -gt 1 ]; then
+    HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+    getent hosts "$HEAD" >/dev/null || HEAD=$(scontrol show node "$HEAD" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+fi
+
+# One rank: one papermill, one kernel.  One node: torchrun if there are several ranks.  Signals that reach the shell of a
+# node become the stop file; all below it ignores them (ignored signals stay ignored across exec).
+rank() {
+    exec papermill "$ROOT/notebooks/02_training.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 --cwd "$ROOT/notebooks" \
+        --no-progress-bar --log-level ERROR --stdout-file - --stderr-file - "$@"
+}
+node() {
+    trap 'touch "$VIT_JOB/stop"' USR1 TERM INT
+    (   trap "" USR1 TERM INT
+        [ "$NODES" = 1 ] && [ "$NPROC" = 1 ] && rank "$@"
+        cores=$(nproc)
+        export OMP_NUM_THREADS=$((cores / NPROC > 0 ? cores / NPROC : 1))
+        exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$NPROC" --master-addr="$HEAD" \
+            --master-port="$PORT" --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
+            bash -c 'rank "$@"' rank "$@" ) &
+    wait_for $!
+}
+wait_for() {                        # a trap ends a `wait`: wait again until the process itself has ended
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1" 2>/dev/null
+}
+export -f rank node wait_for
+
+code=0 finished=()
+for model in $models; do
+    name=$prefix; [ -n "$prefix" ] && [ "$models" != "$model" ] && name=$prefix-$model
+    set -- -r model "$model" -p seed "${seed:-0}" -r run "$name" ${arguments[@]+"${arguments[@]}"}
+    if [ -n "$job" ]; then
+        srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c 'node "$@"' node "$@" </dev/null &
+    else
+        node "$@" </dev/null &
+    fi
+    wait_for $!; code=$?
+    run=$(cat "$VIT_JOB/run" 2>/dev/null) && mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/02_training.ipynb"
+    [ "$code" = 0 ] || break
+    finished+=("$(cat "$VIT_JOB"/run "$VIT_JOB"/was-done 2>/dev/null)")
+    rm -f "$VIT_JOB"/run "$VIT_JOB"/was-done
+done
+
+state=$([ -n "$job" ] && scontrol -o show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+if [ "$code" = 0 ]; then
+    echo; cd "$ROOT" && python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
+    echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`), the models with the lowest validation loss in $VIT_HOME/saved_models."
+elif [ ! -e "$VIT_JOB/stop" ]; then
+    say "failed with code $code; the error is above${run:+, the executed notebook in runs/$run}"
+elif [ "$state" = RUNNING ] && [ -e "$VIT_JOB/saved" ]; then            # not cancelled, and not without progress
+    say "saved: back into the queue"
+    if scontrol requeue "$job"; then sleep 60 & wait $!; code=0; fi     # SLURM ends this script meanwhile
+else
+    say "stopped${state:+ in state $state}; the same command goes on from the last checkpoint"
+fi
+rm -rf "$VIT_JOB"
+exit "$code"
