@@ -37,9 +37,10 @@ runs: setup     ## list the runs that are here
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
 	for seed in 0 1 2; do bash train_job.sh -r run published/digits-seed$$seed -p seed $$seed || exit; done
 	for seed in 0 1 2; do bash train_job.sh -r run published/fashion-mnist-seed$$seed-vit -p seed $$seed -p dataset fashion-mnist -p model vit || exit; done
-	bash train_job.sh -r run published/fashion-mnist-adamw-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw
 	for model in towervit towervit-wide towervit-matched; do \
 	    bash train_job.sh -r run published/fashion-mnist-seed0-$$model -p dataset fashion-mnist -p model $$model || exit; done
+	bash train_job.sh -r run published/more/fashion-mnist-adamw-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw
+	bash train_job.sh -r run published/more/fashion-mnist-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p patch_size 4 -p epochs 15
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
@@ -56,6 +57,6 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 	jupyter lab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
 
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
-	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost
+	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
 .PHONY: help setup train test figures compare runs published notebooks data lab tensorboard

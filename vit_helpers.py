@@ -7,6 +7,7 @@ import ast
 import contextlib
 import datetime
 import difflib
+import gc
 import gzip
 import hashlib
 import io
@@ -104,8 +105,9 @@ COMMON = dict(mlp_ratio=2, pool="cls", dropout=0.0, drop_path=0.0, label_smoothi
 RECIPES = {
     "sgd": dict(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-4),
     "adamw": dict(optimizer="adamw", learning_rate=2e-3, momentum=0.9, weight_decay=0.05),
+    # The paper's fine-tuning (B.1.1, table 4: learning rates from .001 to .06), the default where there are initial_weights.
+    "finetune": dict(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=0.0, batch_size=512, label_smoothing=0.0),
 }
-
 
 ZERO_COUNTS = {"warmup_epochs", "weight_decay", "momentum", "clip", "label_smoothing", "position_std", "dropout", "drop_path"}
 
@@ -174,6 +176,9 @@ def resolve(parameters):
     Raises ValueError for a value that is not allowed, before any work is done.
     """
     one_of("model", parameters["model"], CONTESTANTS)
+    if parameters["initial_weights"] and parameters["model"] != "towervit":
+        raise ValueError(f"model is {parameters['model']!r}, but initial_weights are those of a TowerViT; add -p model towervit")
+    parameters = {**parameters, "recipe": parameters["recipe"] or ("finetune" if parameters["initial_weights"] else "sgd")}
     recipe = RECIPES[one_of("recipe", parameters["recipe"], list(RECIPES))]
     kind = "folder" if is_path(parameters["dataset"]) else one_of("dataset", parameters["dataset"], DATASETS)
     given = {name: value for name, value in parameters.items() if not left_open(name, value)}
@@ -231,6 +236,7 @@ def stretch(dims, depth):
 def run_name(parameters, kind):
     """A folder name made of what was asked for: digits-vit-sgd-seed0, digits-vit-sgd-epochs2-seed0, …"""
     said = {"model", "dataset", "recipe", "seed", "run", "device", "workers", "compile"}
+    parameters = {**parameters, "initial_weights": Path(parameters["initial_weights"]).stem}
     extra = [f"{name}{value}" for name, value in parameters.items() if name not in said and not left_open(name, value)]
     dataset = typed_path(parameters["dataset"]).resolve().name if kind == "folder" else parameters["dataset"]
     name = "-".join([dataset, parameters["model"], parameters["recipe"], *extra, f"seed{parameters['seed']}"])
@@ -336,19 +342,23 @@ class Split:
 class Data:
     """A data set: `train`, `val` and `test` Splits, `classes` (names), `mean` and `std` (a value a channel), `notes` (lines)."""
 
-    def __init__(self, train, val, test, classes, notes=()):
+    def __init__(self, train, val, test, classes, notes=(), image_size=0):
         self.train, self.val, self.test, self.classes, self.notes = train, val, test, list(classes), list(notes)
+        self.image_size = image_size                            # what `normalise` brings pictures to; 0: as they are
         self.mean, self.std = channel_statistics(train)         # of the training part alone
 
     def normalise(self, pictures):
-        """uint8 (B, C, H, W) -> float, each channel with mean 0 and sd 1 over the training pictures."""
-        return normalise(pictures, self.mean, self.std)
+        """uint8 (B, C, H, W) -> float (B, C, S, S), each channel with mean 0 and sd 1 over the training pictures."""
+        return normalise(pictures, self.mean, self.std, self.image_size)
 
 
-def normalise(pictures, mean, std):
-    """uint8 (B, C, H, W) -> float, by a mean and an sd a channel on a scale of 0 to 1."""
+def normalise(pictures, mean, std, size=0):
+    """uint8 (B, C, H, W) -> float (B, C, size, size), by a mean and an sd a channel on a scale of 0 to 1; size 0: as it is."""
     mean, std = (torch.tensor(values, device=pictures.device).view(1, -1, 1, 1) for values in (mean, std))
-    return (pictures.float() / 255 - mean) / std
+    pictures = pictures.float() / 255
+    if size and pictures.shape[-1] != size:
+        pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+    return (pictures - mean) / std
 
 
 def channel_statistics(split, most=10_000):
@@ -377,20 +387,23 @@ def load_data(dataset="digits", image_size=0, seed=0, val_fraction=0.1, device="
 
     A folder holds <class>/<image>, or train|val|test/<class>/<image>.  Validation data, and in a folder without test/ the
     test data too, are drawn from the training data, stratified: validation by `seed`, test always the same.
-    image_size: the side that pictures are brought to; 0 means the preset's.  channels: 1 or 3; 0 means the data's own.
+    image_size: the side that pictures are brought to (those of a folder at once, others by `Data.normalise`); 0 means the
+    preset's.  channels: 1 or 3; 0 means the data's own.
     Raises ValueError or FileNotFoundError, saying what is wrong and what to do.
     """
     if is_path(dataset):
         train, val, test, classes, notes = load_folder(typed_path(dataset), image_size or PRESETS["folder"]["image_size"], channels)
     else:
-        train, val, test, classes, notes = *load_named(dataset, image_size), []
+        train, test, classes = load_named(dataset)
+        (train, test), val, notes = [(as_channels(pictures, channels), labels) for pictures, labels in (train, test)], None, []
+        image_size = image_size or PRESETS[dataset]["image_size"]
     if test is None:
-        rest, test = split_indices(train[1], 0.1, 0)
+        rest, test = split_indices(train[1], 0.1, 0, classes)
         test, train = take(train, test), take(train, rest)
     if val is None:
-        rest, val = split_indices(train[1], val_fraction, seed)
+        rest, val = split_indices(train[1], val_fraction, seed, classes)
         val, train = take(train, val), take(train, rest)
-    return Data(*(Split(*part, device) for part in (train, val, test)), classes, notes)
+    return Data(*(Split(*part, device) for part in (train, val, test)), classes, notes, image_size)
 
 
 def take(part, indices):
@@ -398,22 +411,29 @@ def take(part, indices):
     return part[0][indices], part[1][indices]
 
 
-def split_indices(labels, fraction, seed):
+def split_indices(labels, fraction, seed, classes=range(1000)):
     """Two lists of places in `labels`: the rest, and a stratified `fraction` drawn by `seed`."""
     from sklearn.model_selection import train_test_split
     counts = torch.bincount(labels)
     size = max(round(fraction * len(labels)), len(counts))          # at least one of each class
     if counts.min() < 2 or size > len(labels) - len(counts):
-        raise ValueError(f"class number {counts.argmin().item()} has {counts.min().item()} image(s) to draw training and "
-                         "validation data from; give each class some more, or bring val/ and test/ folders")
+        raise ValueError(f"class {classes[counts.argmin().item()]!r} has {counts.min().item()} image(s) to draw training, validation "
+                         "and test data from; give each class some more, or bring val/ and test/ folders")
     rest, drawn = train_test_split(range(len(labels)), test_size=size, stratify=labels, random_state=seed)
     return sorted(rest), sorted(drawn)
 
 
-def load_named(dataset, image_size):
-    """(train, val, test, class names) of a data set known by name; train and test are (pictures uint8, labels)."""
+def as_channels(pictures, channels):
+    """uint8 (N, C, H, W) with 1 or 3 channels; 0: as it is."""
+    from torchvision.transforms.v2 import functional
+    if channels in (0, pictures.shape[1]):
+        return pictures
+    return functional.rgb_to_grayscale(pictures) if channels == 1 else functional.grayscale_to_rgb(pictures)
+
+
+def load_named(dataset):
+    """(train, test, class names) of a data set known by name; train and test are (pictures uint8, labels)."""
     one_of("dataset", dataset, DATASETS)
-    image_size = image_size or PRESETS[dataset]["image_size"]
     if dataset == "digits":
         from sklearn.datasets import load_digits
         digits = load_digits()
@@ -428,7 +448,7 @@ def load_named(dataset, image_size):
         classes = FashionMNIST.classes
     else:
         train, test, classes = load_torchvision(dataset)
-    return (resize(train[0], image_size), train[1]), None, (resize(test[0], image_size), test[1]), classes
+    return train, test, classes
 
 
 def read_idx(name):
@@ -458,12 +478,6 @@ def load_torchvision(dataset):
         labels = torch.as_tensor(np.asarray(part.labels if dataset == "svhn" else part.targets)).long()
         parts.append((pictures.contiguous(), labels))
     return *parts, getattr(part, "classes", [str(i) for i in range(10)])
-
-
-def resize(pictures, size):
-    """uint8 (N, C, H, W) -> (N, C, size, size)."""
-    from torchvision.transforms.v2.functional import resize as tv_resize
-    return pictures if pictures.shape[-2:] == (size, size) else tv_resize(pictures, [size, size], antialias=True)
 
 
 def load_folder(folder, image_size, channels=0):
@@ -530,7 +544,7 @@ def read_part(paths, labels, channels, size):
     good = [i for i, picture in enumerate(pictures) if picture is not None]
     lost = set(labels.tolist()) - set(labels[good].tolist())
     if lost:
-        raise ValueError(f"no image of class number {min(lost)} could be read; the first is {paths[labels.tolist().index(min(lost))]}")
+        raise ValueError(f"no image of its class could be read; the first is {paths[labels.tolist().index(min(lost))]}")
     kept = [pictures[i] for i in good]
     unreadable = [path for path, picture in zip(paths, pictures) if picture is None]
     return (torch.stack(kept) if in_memory else Files(kept, channels, size), labels[good]), unreadable
@@ -627,6 +641,7 @@ def start_processes(device=""):
 
 def end_processes():
     """Leave the group of ranks, once all have trained: what rank 0 still has to do, nobody waits for."""
+    gc.collect()            # a DistributedDataParallel kept alive until the interpreter ends may abort it ("terminate called …")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -701,18 +716,36 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     network = torch.compile(network) if settings["compile"] else network
     log(writer, state["history"])
+    save_now = lambda: folder and save_last(folder, model, optimizer, state, settings)
     while state["epoch"] < epochs:
-        train_one_epoch(network, optimizer, data, settings, epochs, state,
-                        lambda: folder and save_last(folder, model, optimizer, state, settings))
-        row = finish_epoch(model, optimizer, data, settings, state)
+        with explained(settings):
+            train_one_epoch(network, optimizer, data, settings, epochs, state, save_now)
+            row = finish_epoch(model, optimizer, data, settings, state)
         if folder and ranks()[0] == 0:
             if row["val_loss"] <= min(past["val_loss"] for past in state["history"]):
                 save(folder / "best.pt", {"model": model.state_dict(), "config": settings, "epoch": row["epoch"]})
-            save_last(folder, model, optimizer, state, settings)
+            save_now()
         log(writer, [row])
         if on_epoch and ranks()[0] == 0:
             on_epoch(state["history"], epochs)
     return state["history"]
+
+
+@contextlib.contextmanager
+def explained(settings):
+    """Errors of PyTorch that another setting avoids, said in words that name the setting."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in first or "can't allocate memory" in first:
+            pictures = settings["micro_batch_size"] or max(1, settings["batch_size"] // ranks()[1])
+            raise MemoryError(f"out of memory with {pictures} pictures at a time ({first}). Give the same command with -p micro_batch_size "
+                              f"{max(1, pictures // 2)}, which gives the same model, or less; what was saved is whole") from error
+        if settings["compile"] and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RuntimeError(f"torch.compile failed ({first}); leave out -p compile, or install what it needs, a C++ compiler first "
+                               "of all (g++)") from error
+        raise
 
 
 class Stopped(Exception):
@@ -870,8 +903,17 @@ def load_checkpoint(path):
     except Exception as error:
         raise ValueError(f"{path} is damaged or no checkpoint of this suite ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or not {"model", "config"} <= set(content):
-        raise ValueError(f"{path} is no checkpoint of this suite: it has no model and config")
+        raise ValueError(f"{path} is damaged or no checkpoint of this suite: it has no model and config")
     return content
+
+
+def fill(module, values, path):
+    """Give a model or an optimizer the values that were saved in `path`; ValueError if they do not fit it."""
+    try:
+        module.load_state_dict(values)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not fit: it was written with other settings, or by another version of 01_models.ipynb "
+                         f"({str(error).splitlines()[-1].strip()})") from error
 
 
 def resume(folder, model, optimizer, settings):
@@ -889,8 +931,10 @@ def resume(folder, model, optimizer, settings):
             print(f"warning: {error}; going on from {path.name}", flush=True)
             bad.unlink(missing_ok=True)                 # or it would replace the good one at the next save
         refuse_changes(content["config"], settings, path)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        if not {"optimizer", "epoch", "step", "history", "seconds", "sums"} <= set(content):
+            raise ValueError(f"{path} is a model, but holds no state of its training to go on from")
+        fill(model, content["model"], path)
+        fill(optimizer, content["optimizer"], path)
         rank, world = ranks()
         if sum_over_ranks([content["epoch"], content["step"]]) != [world * content["epoch"], world * content["step"]]:
             raise RuntimeError(f"the ranks read different checkpoints from {folder}; is it on a disk that all nodes share?")
@@ -918,10 +962,12 @@ def stop_if_asked(state, save_now):
 
 NOT_COMPARED = {"device", "device_name", "cores", "threads", "ranks", "versions", "git_commit", "workers", "compile", "micro_batch_size",
                 "run", "started"}
+ADDED = {"initial_weights": ""}         # parameters that older runs do not know, and what they meant before
 
 
 def refuse_changes(old, new, where):
     """ValueError that names every setting in which `new` differs from the run's own: two models are never mixed."""
+    old = {**{name: value for name, value in ADDED.items() if name in new}, **old}
     changed = [name for name in sorted({*old, *new} - NOT_COMPARED) if old.get(name) != new.get(name)]
     if changed:
         what = "; ".join("the exported code of 01_models.ipynb has changed" if name == "code_hash" else
@@ -1072,8 +1118,8 @@ def read_run(folder):
         raise ValueError("it has no config.json, so it is no run" if any(folder.iterdir()) else "it is empty")
     name = str(folder.relative_to(RUNS if folder.is_relative_to(RUNS) else ROOT / "runs"))
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else None
-    return {"run": name, "folder": folder, "config": json.loads((folder / "config.json").read_text()), "history": read_history(name),
-            "results": results}
+    config = {**ADDED, **json.loads((folder / "config.json").read_text())}
+    return {"run": name, "folder": folder, "config": config, "history": read_history(name), "results": results}
 
 
 def print_runs(names=("**",)):
@@ -1097,7 +1143,7 @@ def load_model(run, device="cpu"):
         raise FileNotFoundError(f"no checkpoint {SAVED_MODELS / run / 'best.pt'}" + (f"; near it: {', '.join(near)}" if near else ""))
     content = load_checkpoint(bases[0] / run / "best.pt")
     model = build_model(content["config"])
-    model.load_state_dict({name: value.float() for name, value in content["model"].items()})
+    fill(model, {name: value.float() for name, value in content["model"].items()}, bases[0] / run / "best.pt")
     model.config = content["config"]
     return model.to(device).eval()
 
@@ -1124,7 +1170,9 @@ def predict(run, images, top=3):
         images = [picture.permute(1, 2, 0).squeeze(-1).cpu().numpy() for picture in images]
     else:
         one = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        images = [images] if one else images
+        images = [images] if one else list(images)
+    if not len(images):
+        return []
     pictures = torch.stack([read_picture(image, config["in_channels"], config["image_size"]) for image in images]).to(device)
     logits = model(normalise(pictures, config["mean"], config["std"]))
     probabilities, classes = logits.softmax(1).topk(min(top, len(config["classes"])))

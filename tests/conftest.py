@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers when it is imported, here and in kernels
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 
 import torch
 import vit_helpers
+from jobs import SMALL, train_job
 
 
 def pytest_sessionfinish(session):
@@ -53,3 +54,11 @@ def train(digits):
         model = vit_helpers.build_model(config)
         return model, vit_helpers.train_and_validation_loop(model, data, config, config["epochs"], torch.device("cpu"), folder=folder, **options)
     return run
+
+
+@pytest.fixture(scope="session")
+def whole():
+    """What `bash train_job.sh` printed for the run "whole", undisturbed: the reference of all disturbed ones."""
+    shown = train_job(*SMALL, "-r", "run", "whole")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    return shown

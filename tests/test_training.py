@@ -1,5 +1,7 @@
 """Data, the training loop, checkpoints and run folders, through the helper's public functions."""
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -187,6 +189,35 @@ def test_damaged_checkpoints(tmp_path, capsys, settings, train):
         (tmp_path / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="No earlier checkpoint is readable"):
         train(config, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", disk])
+
+
+def test_a_full_disk_costs_no_checkpoint_and_with_room_again_the_run_goes_on(small_disk, tmp_path, settings, train):
+    config, filler = settings(epochs=4), small_disk / "filler"
+
+    def fill(history, epochs):
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while len(history) == 2:
+                file.write(bytes(4096))
+
+    with pytest.raises(OSError, match=f"could not write {small_disk}/.*No space left on device. What was there before is whole"):
+        train(config, small_disk, on_epoch=fill)
+    assert vit_helpers.load_checkpoint(small_disk / "last.pt")["epoch"] == 2
+    assert {path.name for path in small_disk.iterdir()} == {"best.pt", "last.pt", "previous.pt", "filler"}
+    filler.unlink()
+    model, history = train(config, small_disk)
+    reference, undisturbed = train(config, tmp_path / "reference")
+    assert untimed(history) == untimed(undisturbed) and same_weights(model, reference)
 
 
 def test_resume_with_other_settings_is_refused(tmp_path, settings, train):

@@ -7,23 +7,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import vit_helpers
 
-device = vit_helpers.start_processes("cpu")
-parameters = {**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "batch_size": 30, "micro_batch_size": int(sys.argv[2])}
-settings = {**vit_helpers.resolve(parameters), "in_channels": 1, "num_classes": 10, "precision": "fp32"}
-settings["class"], settings["model_settings"] = vit_helpers.model_settings(settings)
-data = vit_helpers.load_data("digits")
-model = vit_helpers.build_model(settings).double()
-network = torch.nn.parallel.DistributedDataParallel(model) if torch.distributed.is_initialized() else model
-optimizer = vit_helpers.make_optimizer(model, settings)
-rank, world = vit_helpers.ranks()
-losses, state = [], {"epoch": 0, "step": 0}
-for step in range(50):
-    share = torch.arange(30 * step, 30 * step + 30)[rank::world] % len(data.train)
-    pictures, labels = next(data.train.batches([share]))
-    totals = vit_helpers.train_step(network, optimizer, pictures, labels, data, settings, state, 30)
-    losses.append(vit_helpers.sum_over_ranks([totals[0].item()])[0] / 30)
-    state["step"] += 1
-validation = vit_helpers.evaluate(model, data, data.val, settings)
-if rank == 0:
-    Path(sys.argv[1]).write_text(json.dumps({"losses": losses, "validation": validation}))
+
+def train(micro_batch_size):
+    """The losses of 50 steps, and what validation says afterwards."""
+    parameters = {**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "batch_size": 30, "micro_batch_size": micro_batch_size}
+    settings = {**vit_helpers.resolve(parameters), "in_channels": 1, "num_classes": 10, "precision": "fp32"}
+    settings["class"], settings["model_settings"] = vit_helpers.model_settings(settings)
+    data = vit_helpers.load_data("digits")
+    model = vit_helpers.build_model(settings).double()
+    network = torch.nn.parallel.DistributedDataParallel(model) if torch.distributed.is_initialized() else model
+    optimizer = vit_helpers.make_optimizer(model, settings)
+    rank, world = vit_helpers.ranks()
+    losses, state = [], {"epoch": 0, "step": 0}
+    for step in range(50):
+        share = torch.arange(30 * step, 30 * step + 30)[rank::world] % len(data.train)
+        pictures, labels = next(data.train.batches([share]))
+        totals = vit_helpers.train_step(network, optimizer, pictures, labels, data, settings, state, 30)
+        losses.append(vit_helpers.sum_over_ranks([totals[0].item()])[0] / 30)
+        state["step"] += 1
+    return {"losses": losses, "validation": vit_helpers.evaluate(model, data, data.val, settings)}
+
+
+vit_helpers.start_processes("cpu")
+result = train(int(sys.argv[2]))
+if vit_helpers.ranks()[0] == 0:
+    Path(sys.argv[1]).write_text(json.dumps(result))
 vit_helpers.end_processes()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import vit_helpers
+from jobs import SCRIPT, SMALL, untimed
 
 HERE = Path(__file__).parent
-SCRIPT = vit_helpers.ROOT / "train_job.sh"
 missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
 pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root")
-SMALL = ["-p", "model", "vit", "-p", "dims", "16,32", "-p", "head_dim", "8"]
+EPOCHS = 50
+TWO = ["--gpus-per-node=2", "--nodes=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,41 +61,46 @@ def wait_for_line(number, tmp_path, text, seconds=200):
         time.sleep(0.2)
 
 
-def numbers(run):
-    """What a run came to, timings aside."""
-    results = json.loads((vit_helpers.RUNS / run / "results.json").read_text())
-    history = {tag: values for tag, values in vit_helpers.read_history(run).items() if tag != "images_per_second"}
-    return {name: value for name, value in results.items() if name not in ("seconds", "images_per_second")}, history
-
-
 def config(run):
     return json.loads((vit_helpers.RUNS / run / "config.json").read_text())
 
 
-def test_one_task_equals_bash(tmp_path):
-    number = submit(tmp_path, run="slurm/one", parameters=["-p", "epochs", 2])
+def test_one_task_equals_bash(tmp_path, whole):
+    number = submit(tmp_path, run="slurm/one")
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
-    subprocess.run(["bash", SCRIPT, *SMALL, "-r", "run", "slurm/bash", "-p", "epochs", "2"], check=True, capture_output=True, cwd=tmp_path)
-    assert numbers("slurm/one") == numbers("slurm/bash")
-    assert (vit_helpers.RUNS / "slurm" / "one" / "02_training.ipynb").exists() and "epoch   2/2  loss" in log_of(number, tmp_path)
+    assert untimed("slurm/one") == untimed("whole")
+    assert (vit_helpers.RUNS / "slurm" / "one" / "02_training.ipynb").exists() and "epoch  12/12  loss" in log_of(number, tmp_path)
     assert not list(vit_helpers.RUNS.glob(".job-*"))
 
 
-def test_two_ranks_preempted_equal_two_ranks_undisturbed(tmp_path):
-    options, epochs = ["--gpus-per-node=2", "--nodes=1"], ["-p", "epochs", 12]
-    reference = submit(tmp_path, *options, run="slurm/two", parameters=epochs)
-    assert wait(reference, tmp_path)["JobState"] == "COMPLETED", log_of(reference, tmp_path)
+@pytest.fixture(scope="module")
+def undisturbed(slurm, tmp_path_factory):
+    """A run of two ranks, long enough that SLURM sees a time limit pass (it looks every 30 seconds)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    number = submit(folder, *TWO, run="slurm/two", parameters=["-p", "epochs", EPOCHS])
+    assert wait(number, folder)["JobState"] == "COMPLETED", log_of(number, folder)
     assert config("slurm/two")["ranks"] == 2 and config("slurm/two")["threads"] == max(1, os.cpu_count() // 2)
-    number = submit(tmp_path, *options, run="slurm/preempted", parameters=epochs)
-    wait_for_line(number, tmp_path, "epoch   3/12")
+    return untimed("slurm/two")
+
+
+def test_preempted_by_a_higher_partition_it_ends_alike(tmp_path, undisturbed):
+    number = submit(tmp_path, *TWO, run="slurm/preempted", parameters=["-p", "epochs", EPOCHS])
+    wait_for_line(number, tmp_path, f"epoch   3/{EPOCHS}")
     subprocess.run(["sbatch", "-p", "high", "--nodes=2", "--gpus-per-node=2", "--exclusive", f"--chdir={tmp_path}", "--wrap", "sleep 2"], check=True)
     record = wait(number, tmp_path)
     assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", log_of(number, tmp_path)
-    assert numbers("slurm/preempted") == numbers("slurm/two")
+    assert untimed("slurm/preempted") == undisturbed
+
+
+def test_out_of_time_it_ends_alike(tmp_path, undisturbed):
+    number = submit(tmp_path, *TWO, "--time=1", "--signal=B:USR1@30", run="slurm/timed", parameters=["-p", "epochs", EPOCHS])
+    record = wait(number, tmp_path, seconds=400)
+    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, log_of(number, tmp_path)
+    assert untimed("slurm/timed") == undisturbed
 
 
 def test_two_nodes_and_a_failing_rank(tmp_path):
-    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/four", parameters=["-p", "epochs", 2])
+    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/four", parameters=["-p", "epochs", 1])
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
     assert config("slurm/four")["ranks"] == 4
     number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/failing", parameters=["-p", "epochs", 200])
@@ -106,15 +112,6 @@ def test_two_nodes_and_a_failing_rank(tmp_path):
     record = wait(number, tmp_path)
     assert record["JobState"] == "FAILED" and record["Restarts"] == "0" and time.monotonic() - started < 40
     assert not processes(SLURM_JOB_ID=number)
-
-
-def test_out_of_time_equals_undisturbed(tmp_path):
-    epochs = ["-p", "epochs", 60]
-    number = submit(tmp_path, "--time=1", "--signal=B:USR1@30", run="slurm/timed", parameters=epochs)
-    record = wait(number, tmp_path, seconds=400)
-    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, log_of(number, tmp_path)
-    subprocess.run(["bash", SCRIPT, *SMALL, "-r", "run", "slurm/untimed", *map(str, epochs)], check=True, capture_output=True, cwd=tmp_path)
-    assert numbers("slurm/timed") == numbers("slurm/untimed")
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path):
