@@ -4,6 +4,7 @@ Read it top to bottom: notebooks as modules · presets and recipes · data · tr
 trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`.
 """
 import ast
+import bisect
 import contextlib
 import datetime
 import difflib
@@ -259,9 +260,11 @@ def model_settings(settings):
         models, depth = load_notebook("01_models"), len(dims)
         with torch.device("meta"):                      # counting parameters needs their shapes, not their values
             wanted = count_parameters(models.ViT(**shared, dims=dims))
+            count = lambda dim: count_parameters(models.TowerViT(**shared, dim=dim, depth=depth))
             widths = range(settings["head_dim"], max(dims) + 1, settings["head_dim"])
-            counts = {dim: count_parameters(models.TowerViT(**shared, dim=dim, depth=depth)) for dim in widths}
-        return "TowerViT", {**shared, "dim": min(counts, key=lambda dim: abs(counts[dim] - wanted)), "depth": depth}
+            place = bisect.bisect_left(widths, wanted, key=count)                       # the first with as many, or the end
+            dim = min(widths[max(place - 1, 0):place + 1], key=lambda dim: abs(count(dim) - wanted))
+        return "TowerViT", {**shared, "dim": dim, "depth": depth}
     return "TowerViT", {**shared, "dim": dims[0] if settings["model"] == "towervit" else dims[-1], "depth": len(dims)}
 
 
@@ -896,10 +899,9 @@ def save_last(folder, model, optimizer, state, settings):
 
 def load_checkpoint(path):
     """The content of a checkpoint, on the CPU.  Only tensors and plain values are read: a pickle with code in it is refused."""
+    raw = io.BytesIO(Path(path).read_bytes())           # an OSError here: not there, or not ours to read, but not damaged
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise                                           # not there, or not ours to read: no reason to call it damaged
+        content = torch.load(raw, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged or no checkpoint of this suite ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or not {"model", "config"} <= set(content):

@@ -163,7 +163,7 @@ FAULTS = {
     "a model of another version": (lambda p: model_of(p, {"model": {"x": torch.zeros(3)}, "config": config()}), ValueError, "best.pt does not fit: .*another version of 01_models"),
     "a run that there is not": (lambda p: vit_helpers.load_model("published/digits-sed0-vit"), FileNotFoundError, "no checkpoint .*published/digits-sed0-vit"),
     "a learning rate so large that the loss is not finite": (lambda p: train(p, learning_rate=1e30, clip=0.0, warmup_epochs=0.0), FloatingPointError,
-                                                             "training loss is (nan|inf) in epoch 1, step .*, at learning rate 1e.30.* Try a lower learning_rate"),
+                                                             "training loss is (nan|inf) in epoch 1, step .*, at learning rate .* Try a lower learning_rate"),
     "too little memory": (no_memory, MemoryError, "out of memory with 1024 pictures at a time.*-p micro_batch_size 512, which gives the same model"),
     "no compiler for torch.compile": (no_compiler, RuntimeError, "torch.compile failed .*leave out -p compile, or install"),
     "a TensorBoard log without epochs": (lambda p: published(p, lambda run: [cut(path, 0.02) for path in run.glob("events*")]), ValueError, "holds no epochs"),
@@ -271,7 +271,7 @@ def test_code_in_files_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 def test_a_log_cut_off_in_the_middle_gives_the_epochs_before_it():
-    run = published(None, lambda run: [cut(path, 0.6) for path in run.glob("events*")])
+    run = published(None, lambda run: [cut(path, 0.08) for path in run.glob("events*")])
     assert 1 <= len(run["history"]["epoch"]) < 40
 
 

@@ -10,16 +10,21 @@ from PIL import Image
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
-small = st.integers(-1, 24)
-MODEL = st.fixed_dictionaries({
-    "image_size": small, "patch_size": st.integers(-1, 8), "in_channels": st.integers(0, 4), "num_classes": st.integers(0, 6),
-    "dims": st.lists(st.sampled_from([0, 4, 8, 12, 16, 20]), max_size=4), "head_dim": st.sampled_from([-4, 0, 1, 4, 8]),
-    "mlp_ratio": st.sampled_from([-1, 0, 0.01, 0.5, 1, 2.5, float("nan")]), "pool": st.sampled_from(["cls", "mean", "max"]),
-    "dropout": st.sampled_from([0.0, 0.3, 1.0]), "drop_path": st.sampled_from([0.0, 0.2, -0.1])})
+GOOD = {"image_size": [4, 8, 12, 24], "patch_size": [1, 2, 4], "in_channels": [1, 3, 4], "num_classes": [1, 2, 6], "head_dim": [1, 2, 4], "mlp_ratio": [0.5, 1, 2.5],
+        "dims": [(8,), (8, 16), (16, 8, 8), (4, 8, 12, 16)], "pool": ["cls", "mean"], "dropout": [0.0, 0.3], "drop_path": [0.0, 0.2]}
+ODD = {"image_size": [-4, 0, 5, 7], "patch_size": [-1, 0, 3, 5, 9], "in_channels": [0, -1], "num_classes": [0, -2], "head_dim": [-4, 0, 3, 32], "mlp_ratio": [-1, 0, 0.01, float("nan")],
+       "dims": [(), (0,), (8, -8), (6, 8)], "pool": ["max", ""], "dropout": [1.0, -0.1], "drop_path": [1.5]}
 
 
-@given(MODEL)
-@settings(max_examples=400)
+@st.composite
+def model_settings(draw):
+    """Good settings, of which a few are replaced by odd ones."""
+    chosen = {name: draw(st.sampled_from(values)) for name, values in GOOD.items()}
+    return {**chosen, **{name: draw(st.sampled_from(ODD[name])) for name in draw(st.lists(st.sampled_from([*ODD]), max_size=2))}}
+
+
+@given(model_settings())
+@settings(max_examples=100)
 def test_model_settings_work_or_are_refused(models, chosen):
     try:
         model = models.ViT(**chosen)
@@ -35,12 +40,12 @@ def test_model_settings_work_or_are_refused(models, chosen):
 
 
 NAMES = st.sampled_from([*vit_helpers.default_parameters(), "epochz", "In", "_"])
-VALUES = st.one_of(st.integers(-3, 200), st.floats(), st.booleans(), st.text("ab,3-./ ", max_size=6), st.none(), st.lists(st.integers(), max_size=2),
+VALUES = st.one_of(st.integers(-3, 40), st.floats(), st.booleans(), st.text("ab,3-./ ", max_size=6), st.none(), st.lists(st.integers(), max_size=2),
                    st.sampled_from(["vit", "towervit", "digits", "sgd", "adamw", "16,32", "crop", "mean", "cifar10", "true", "1e-3"]))
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=5))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_parameters_are_resolved_or_refused(given_values):
     known = vit_helpers.default_parameters()
     cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in given_values.items())
@@ -56,12 +61,19 @@ def test_parameters_are_resolved_or_refused(given_values):
     assert vit_helpers.model_settings({**resolved, "in_channels": 1, "num_classes": 10})[0] in ("ViT", "TowerViT")
 
 
-FILE = st.tuples(st.sampled_from(["a", "b", "train/a", "train/b", "test/a", "test/b", "val/a", ".", "a/deep"]), st.sampled_from([".png", ".jpg", ".gif", ".txt"]),
-                 st.sampled_from(["L", "RGB", "RGBA", "P", "1", "broken", "empty"]))
+LAYOUTS = {"classes": ["a", "b", "a/deep"], "parts": ["train/a", "train/b", "test/a", "test/b"], "mixed": ["a", "b", "train/a", "test/b", "."]}
 
 
-@given(st.lists(FILE, max_size=30), st.sampled_from([0, 1, 3]))
-@settings(max_examples=150)
+@st.composite
+def folders(draw):
+    """(folder, ending, kind) of each file: four good pictures a class or none, and whatever else."""
+    layout = LAYOUTS[draw(st.sampled_from([*LAYOUTS]))]
+    odd = st.tuples(st.sampled_from(layout), st.sampled_from([".png", ".jpg", ".gif", ".txt"]), st.sampled_from(["L", "RGB", "RGBA", "P", "1", "broken", "empty"]))
+    return draw(st.sampled_from([4, 4, 0])) * [(folder, ".png", "L") for folder in layout] + draw(st.lists(odd, max_size=12))
+
+
+@given(folders(), st.sampled_from([0, 1, 3]))
+@settings(max_examples=80)
 def test_folders_of_images_are_loaded_or_refused(files, channels):
     with tempfile.TemporaryDirectory() as place:
         for number, (folder, ending, kind) in enumerate(files):
