@@ -1015,8 +1015,9 @@ def open_run(config):
     folder.mkdir(parents=True, exist_ok=True)
     saved.mkdir(parents=True, exist_ok=True)
     lock_run(saved)
-    if "VIT_JOB" in os.environ:                 # train_job.sh puts the executed notebook there, unless there was nothing to do
-        Path(os.environ["VIT_JOB"], "was-done" if results else "run").write_text(config["run"])
+    if "VIT_JOB" in os.environ:                 # train_job.sh puts the executed notebook there, unless it is there already
+        done = results and (folder / "02_training.ipynb").exists()
+        Path(os.environ["VIT_JOB"], "was-done" if done else "run").write_text(config["run"])
     if (folder / "config.json").exists():
         refuse_changes(json.loads((folder / "config.json").read_text()), config, folder / "config.json")
     if results:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers when it is imported, here and in kernels
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # two trainings at once on two cores: waiting threads must not spin
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 

@@ -41,7 +41,7 @@ def serve(suite, target, options, pattern):
     log = open(suite / f"{target}.log", "w+")
     process = subprocess.Popen(["make", target, options], cwd=suite, stdout=log, stderr=subprocess.STDOUT, env=clean, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (found := re.search(pattern, (suite / f"{target}.log").read_text())):
+    while not (found := re.search(pattern, (suite / f"{target}.log").read_text())) or not listening(process):
         assert process.poll() is None and time.monotonic() < deadline, (suite / f"{target}.log").read_text()
         time.sleep(0.2)
     return process, found.group(0)
@@ -89,8 +89,14 @@ def run_all(page, address, name):
     base, token = re.match(r"(.*)/lab.*token=(\w+)", address).groups()
     kernels = lambda: json.load(urllib.request.urlopen(f"{base}/api/sessions?token={token}"))
     page.goto(f"{base}/lab/tree/notebooks/{name}.ipynb?token={token}&reset")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    run_all_cells = page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$"))
+    while not run_all_cells.is_visible():                               # the menu fills up while JupyterLab starts
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(500)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.wait_for_timeout(300)
+    run_all_cells.click()
     idle_since, deadline = None, time.monotonic() + 240
     while idle_since is None or time.monotonic() - idle_since < 2:
         page.wait_for_timeout(200)
