@@ -103,13 +103,6 @@ def test_train_val_and_test_folders(folder, tmp_path):
         vit_helpers.load_data(str(tmp_path / "parts"), image_size=8)
 
 
-@pytest.mark.parametrize("dataset, error, said", [
-    ("fashionmnist", ValueError, "did you mean 'fashion-mnist'"), ("no/such/folder", FileNotFoundError, "no folder .*such/folder")])
-def test_unknown_data_sets_are_refused(dataset, error, said):
-    with pytest.raises(error, match=said):
-        vit_helpers.load_data(dataset)
-
-
 # ---- training
 
 def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, train):
@@ -220,12 +213,6 @@ def test_a_full_disk_costs_no_checkpoint_and_with_room_again_the_run_goes_on(sma
     assert untimed(history) == untimed(undisturbed) and same_weights(model, reference)
 
 
-def test_resume_with_other_settings_is_refused(tmp_path, settings, train):
-    train(settings(epochs=1), tmp_path)
-    with pytest.raises(ValueError, match="learning_rate was 0.1 and is now 0.2"):
-        train(settings(epochs=1, learning_rate=0.2), tmp_path)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, settings, train):
     with pytest.raises(FloatingPointError, match="training loss is .* in epoch 1, step .* at learning rate"):
         train(settings(learning_rate=1e30, clip=0.0, warmup_epochs=0.0), tmp_path)
@@ -244,16 +231,6 @@ def test_a_run_is_locked_while_it_is_trained(tmp_path):
 
 
 # ---- parameters
-
-@pytest.mark.parametrize("changes, said", [
-    (dict(model="resnet"), "model is 'resnet'.*Allowed: vit, towervit"), (dict(recipe="sdg"), "did you mean 'sgd'"),
-    (dict(epochs=-3), "epochs is -3"), (dict(dims="64;64"), "dims is '64;64'"), (dict(augment="cutout"), "augment is 'cutout'"),
-    (dict(label_smoothing=1.5), "label_smoothing is 1.5"), (dict(run="../x"), "run is '../x'"), (dict(precision="fp8"), "fp8"),
-    (dict(learning_rate=float("nan")), "learning_rate is nan"), (dict(depth=-1), "depth is -1")])
-def test_values_that_are_not_allowed(changes, said):
-    with pytest.raises(ValueError, match=said):
-        vit_helpers.resolve({**vit_helpers.default_parameters(), **changes})
-
 
 @pytest.mark.parametrize("value, default, result", [(7, "", "7"), ("true", False, True), (2e5, 0, 200000), (1, 0.0, 1.0)])
 def test_what_papermill_makes_of_a_value_is_put_right(value, default, result):
@@ -289,34 +266,34 @@ def trained():
     return "for-predict"
 
 
-def test_predict_takes_pictures_of_any_kind(trained, tmp_path, digits):
+@pytest.mark.parametrize("name, change, options", [
+    ("a.png", lambda image: image, {}), ("a.jpg", lambda image: image.convert("RGB"), {"quality": 95}), ("cmyk.jpg", lambda image: image.convert("CMYK"), {"quality": 95}),
+    ("16-bit.png", lambda image: Image.fromarray(np.asarray(image).astype(np.uint16) * 257), {}), ("rgba.png", lambda image: image.convert("RGBA"), {}),
+    ("palette.png", lambda image: image.convert("P"), {}), ("animated.gif", lambda image: image, {"save_all": True, "append_images": [Image.new("L", (8, 8))]}),
+    ("rotated.jpg", lambda image: image.rotate(90), {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", "quality": 95})])
+def test_predict_reads_pictures_of_any_kind(name, change, options, tmp_path, digits):
+    image = Image.fromarray(digits.test.pictures[2][0].numpy())
+    change(image).save(tmp_path / name, **options)
+    answer, expected = (vit_helpers.predict("published/digits-seed0-vit", source) for source in (tmp_path / name, image))
+    print(f"{name}: {answer}")
+    assert len(answer) == 3 and answer[0][0] == expected[0][0] == str(digits.test.labels[2].item()) and abs(answer[0][1] - expected[0][1]) < 0.1
+
+
+def test_predict_takes_one_picture_or_many_of_any_type(trained, tmp_path, digits):
     picture = digits.test.pictures[0]
     array = picture[0].numpy()
     Image.fromarray(array).save(tmp_path / "a.png")
-    Image.fromarray(array.astype(np.uint16) * 257).save(tmp_path / "b.png")
     expected = vit_helpers.predict(trained, array)
     assert len(expected) == 3 and expected[0][0].startswith("digit ") and expected[0][1] >= expected[1][1]
-    for same in (tmp_path / "a.png", tmp_path / "b.png", Image.fromarray(array), Image.fromarray(array).convert("CMYK"), picture):
-        assert vit_helpers.predict(trained, same)[0][0] == expected[0][0]
+    for same in (tmp_path / "a.png", Image.fromarray(array), picture):
+        assert vit_helpers.predict(trained, same)[0] == expected[0]
     assert len(vit_helpers.predict(trained, [array, tmp_path / "a.png"])) == 2 == len(vit_helpers.predict(trained, picture[None].repeat(2, 1, 1, 1)))
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="text.png cannot be read as a picture"):
-        vit_helpers.predict(trained, tmp_path / "text.png")
+    assert vit_helpers.predict(trained, []) == []
 
 
 def test_load_model_names_near_runs(trained):
     with pytest.raises(FileNotFoundError, match="near it: for-predict"):
         vit_helpers.load_model("for-predct")
-
-
-def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-    torch.save({"model": Payload(), "config": {}}, tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
-        vit_helpers.load_checkpoint(tmp_path / "best.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_foreign_and_half_written_run_folders_are_passed_over(capsys):
