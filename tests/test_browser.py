@@ -1,4 +1,5 @@
 """JupyterLab and TensorBoard in a real browser, started by `make lab` and `make tensorboard` on a copy of the suite."""
+import contextlib
 import json
 import os
 import re
@@ -49,8 +50,11 @@ def serve(suite, target, options, pattern):
 
 def listening(process):
     """The addresses that a process and its children listen on."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    return {each.laddr.ip for one in family for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    found = set()
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):                 # make's own children come and go
+            found |= {each.laddr.ip for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    return found
 
 
 @pytest.fixture(scope="module")
