@@ -3,7 +3,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PAPERMILL := VIT_CWD="$(CURDIR)" papermill -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
 STRIP := python -c 'import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); \
-    [part.metadata.pop(name, None) for part in (nb, *nb.cells) for name in ("papermill", "widgets")]; \
+    [part.metadata.pop(name, None) for part in (nb, *nb.cells) for name in ("papermill", "widgets", "execution")]; \
     [cell.metadata.pop("tags", None) for cell in nb.cells if not cell.metadata.get("tags")]; nbformat.write(nb, sys.argv[2])'
 OUT ?= comparison
 
@@ -41,6 +41,8 @@ published: setup   ## train the published runs where they are missing (over an h
 	    bash train_job.sh -r run published/fashion-mnist-seed0-$$model -p dataset fashion-mnist -p model $$model || exit; done
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw
 	bash train_job.sh -r run published/more/fashion-mnist-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p patch_size 4 -p epochs 15
+	bash train_job.sh -r run published/more/fashion-mnist-adamw-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p patch_size 4 -p epochs 16
+	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it

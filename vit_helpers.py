@@ -1240,5 +1240,6 @@ def plot_spread(axis, histories, tag, label, color, **line):
     values = np.array([history[tag][:epochs] for history in histories])
     steps = histories[0]["epoch"][:epochs]
     axis.plot(steps, values.mean(0), label=label, color=color, **line)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if len(values) > 1:
         axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
