@@ -58,8 +58,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 # The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never see a signal.
-for old in "$VIT_HOME/runs/.job-$HOSTNAME-"*; do kill -0 "${old##*-}" 2>/dev/null || rm -rf "$old"; done     # of killed scripts
-export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME-$$}
+for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"; done     # of killed scripts
+export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME@$$}
 rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
 # shellcheck disable=SC2317                         # called by the traps
 asked() {
