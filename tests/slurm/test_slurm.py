@@ -13,7 +13,7 @@ from jobs import SCRIPT, SMALL, untimed
 HERE = Path(__file__).parent
 missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
 pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root")
-EPOCHS = 40
+EPOCHS = 80             # some 35 seconds: SLURM looks every 30 whether a time limit has passed
 TWO = ["--gpus-per-node=2", "--nodes=1"]
 
 
@@ -74,7 +74,7 @@ def test_one_task_equals_bash(tmp_path, whole):
 
 
 def test_preempted_and_out_of_time_two_ranks_end_as_if_undisturbed(tmp_path):
-    """Three alike, long enough that SLURM sees a time limit pass (it looks every 30 seconds): one in peace, one out of time, one preempted."""
+    """Three alike: one in peace, one out of time, one preempted."""
     epochs = ["-p", "epochs", EPOCHS]
     timed = submit(tmp_path, *TWO, "--time=1", "--signal=B:USR1@30", "--nodelist=n1", run="slurm/timed", parameters=epochs)
     preempted = submit(tmp_path, *TWO, "--nodelist=n2", run="slurm/preempted", parameters=epochs)
