@@ -6,23 +6,6 @@ import vit_helpers
 from torch import nn
 
 
-def copy_weights(theirs, ours):
-    """Give our TowerViT the weights of a torchvision VisionTransformer."""
-    source = theirs.state_dict()
-    renamed = {"class_token": source["class_token"], "positions": source["encoder.pos_embedding"],
-               "embed.weight": source["conv_proj.weight"].flatten(1), "embed.bias": source["conv_proj.bias"]}
-    for i in range(len(ours.blocks)):
-        old, new = f"encoder.layers.encoder_layer_{i}.", f"blocks.{i}."
-        for kind in ("weight", "bias"):
-            renamed[f"{new}norm1.{kind}"], renamed[f"{new}norm2.{kind}"] = source[f"{old}ln_1.{kind}"], source[f"{old}ln_2.{kind}"]
-            renamed[f"{new}attention.qkv.{kind}"] = source[f"{old}self_attention.in_proj_{kind}"]
-            renamed[f"{new}attention.out.{kind}"] = source[f"{old}self_attention.out_proj.{kind}"]
-            renamed[f"{new}mlp.0.{kind}"], renamed[f"{new}mlp.3.{kind}"] = source[f"{old}mlp.0.{kind}"], source[f"{old}mlp.3.{kind}"]
-    for kind in ("weight", "bias"):
-        renamed[f"norm.{kind}"], renamed[f"head.{kind}"] = source[f"encoder.ln.{kind}"], source[f"heads.head.{kind}"]
-    ours.load_state_dict(renamed)
-
-
 @pytest.mark.parametrize("image_size, patch_size, dim, depth, heads, ratio, classes", [
     (32, 4, 96, 4, 3, 2, 10), (28, 7, 64, 2, 4, 4, 7), (48, 16, 192, 3, 3, 3, 100), (224, 16, 768, 12, 12, 4, 1000)])
 def test_equals_torchvision(models, image_size, patch_size, dim, depth, heads, ratio, classes):
@@ -31,7 +14,8 @@ def test_equals_torchvision(models, image_size, patch_size, dim, depth, heads, r
     for parameter in theirs.parameters():       # a fresh torchvision head is zero, and would make all logits equal
         nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.5)
     ours = models.TowerViT(image_size, patch_size, 3, classes, dim=dim, depth=depth, head_dim=dim // heads, mlp_ratio=ratio).eval()
-    copy_weights(theirs, ours)
+    vit_helpers.load_notebook("02_training").start_from(ours, theirs.state_dict())
+    ours.head.load_state_dict(theirs.heads.head.state_dict())           # it starts from a head of zeros
     images = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
         expected, logits = theirs(images), ours(images)
