@@ -428,9 +428,9 @@ def split_indices(labels, fraction, seed, classes=range(1000)):
 
 def as_channels(pictures, channels):
     """uint8 (N, C, H, W) with 1 or 3 channels; 0: as it is."""
-    from torchvision.transforms.v2 import functional
     if channels in (0, pictures.shape[1]):
         return pictures
+    from torchvision.transforms.v2 import functional
     return functional.rgb_to_grayscale(pictures) if channels == 1 else functional.grayscale_to_rgb(pictures)
 
 
@@ -708,7 +708,7 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
     or None to keep nothing; training goes on from last.pt if there is one.  on_epoch: called with (history, epochs) after each.
     History: a dict an epoch with epoch, loss and accuracy of train (as trained: augmented, smoothed) and val, lr, seconds, …
     Under torchrun every rank calls it alike; rank 0 alone logs and saves.  Raises FloatingPointError when the loss is not
-    finite, `Stopped` when train_job.sh asks for it (by a file $VIT_JOB/stop): then last.pt holds the very step.
+    finite, MemoryError when a step does not fit, `Stopped` when train_job.sh asks for it (by a file $VIT_JOB/stop): then last.pt holds the very step.
     """
     model.to(device)
     optimizer = make_optimizer(model, settings)
