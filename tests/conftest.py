@@ -16,7 +16,7 @@ for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
 
 import torch
 import vit_helpers
-from jobs import SMALL, train_job
+from jobs import SMALL, small_config, train_job
 
 
 def pytest_sessionfinish(session):
@@ -39,13 +39,8 @@ def digits():
 
 @pytest.fixture
 def settings():
-    """Makes the full settings of a small run on digits, two threads or less apart from what is asked for."""
-    def make(**changes):
-        settings = vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "epochs": 3, **changes})
-        config = {**settings, "in_channels": 1, "num_classes": 10, "precision": "fp32"}
-        config["class"], config["model_settings"] = vit_helpers.model_settings(config)
-        return config
-    return make
+    """Makes the full settings of a small run on digits, three epochs unless other changes say so."""
+    return lambda **changes: small_config(**{"epochs": 3, **changes})
 
 
 @pytest.fixture

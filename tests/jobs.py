@@ -18,3 +18,11 @@ def untimed(run):
     run = vit_helpers.read_run(vit_helpers.RUNS / run)
     history = {tag: values for tag, values in run["history"].items() if tag != "images_per_second"}
     return history, {name: value for name, value in run["results"].items() if name not in ("seconds", "images_per_second")}
+
+
+def small_config(**changes):
+    """The full settings of a small run on digits, as notebook 2 makes them."""
+    config = {**vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, **changes}), "in_channels": 1, "num_classes": 10,
+              "precision": "fp32"}
+    config["class"], config["model_settings"] = vit_helpers.model_settings(config)
+    return config

@@ -6,17 +6,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ["VIT_HOME"] = tempfile.mkdtemp()
 import psutil
 import vit_helpers
+from jobs import small_config
 
 process, seen = psutil.Process(), []
-settings = vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "epochs": 300, "run": "long"})
+config = small_config(epochs=300, run="long")
 device = vit_helpers.start_processes("cpu")
 data = vit_helpers.load_data("digits")
-config = {**settings, "in_channels": 1, "num_classes": 10, "precision": "fp32"}
-config["class"], config["model_settings"] = vit_helpers.model_settings(config)
 folder, writer, _ = vit_helpers.open_run(config)
 vit_helpers.train_and_validation_loop(vit_helpers.build_model(config), data, config, 300, device, writer, folder,
                                       on_epoch=lambda history, epochs: seen.append((process.memory_info().rss / 2**20, process.num_fds())))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import vit_helpers
+from jobs import small_config
 from PIL import Image
 
 RANDOM = np.random.default_rng(0)
@@ -35,14 +36,8 @@ def resolved(**changes):
     return vit_helpers.resolve({**vit_helpers.default_parameters(), **changes})
 
 
-def config(**changes):
-    settings = {**resolved(dims="16,32", head_dim=8, epochs=1, **changes), "in_channels": 1, "num_classes": 10, "precision": "fp32"}
-    settings["class"], settings["model_settings"] = vit_helpers.model_settings(settings)
-    return settings
-
-
 def train(place, **changes):
-    settings = config(**changes)
+    settings = small_config(epochs=1, **changes)
     return vit_helpers.train_and_validation_loop(vit_helpers.build_model(settings), vit_helpers.load_data("digits"), settings, 1, torch.device("cpu"), folder=place)
 
 
@@ -96,7 +91,7 @@ def broken_notebook(place):
 def no_memory(place):
     """Too little address space for the step: a real refusal by the system, in a process of its own."""
     code = ("import resource, sys, torch; sys.path[:0] = sys.argv[1:3]; import test_faults, vit_helpers, pathlib; "
-            "vit_helpers.load_data('digits'); test_faults.config(); import torch._dynamo; used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+            "vit_helpers.load_data('digits'); test_faults.small_config(); import torch._dynamo; used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
             "resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1)); "
             "test_faults.train(pathlib.Path(sys.argv[3]), batch_size=1024, mlp_ratio=2000)")
     raise_last_line(subprocess.run([sys.executable, "-c", code, vit_helpers.ROOT, vit_helpers.ROOT / "tests", place], capture_output=True, text=True))
@@ -160,7 +155,7 @@ FAULTS = {
     "all checkpoints cut off": (lambda p: after_training(p, lambda folder: [cut(path) for path in folder.glob("*.pt")]), ValueError, "last.pt is damaged.*No earlier checkpoint is readable.*delete"),
     "a checkpoint without the state of its training": (lambda p: after_training(p, lambda folder: shutil.copy(folder / "best.pt", folder / "last.pt")), ValueError, "holds no state of its training"),
     "a model that is no checkpoint": (lambda p: model_of(p, b"hello"), ValueError, "best.pt is damaged or no checkpoint of this suite"),
-    "a model of another version": (lambda p: model_of(p, {"model": {"x": torch.zeros(3)}, "config": config()}), ValueError, "best.pt does not fit: .*another version of 01_models"),
+    "a model of another version": (lambda p: model_of(p, {"model": {"x": torch.zeros(3)}, "config": small_config()}), ValueError, "best.pt does not fit: .*another version of 01_models"),
     "a run that there is not": (lambda p: vit_helpers.load_model("published/digits-sed0-vit"), FileNotFoundError, "no checkpoint .*published/digits-sed0-vit"),
     "a learning rate so large that the loss is not finite": (lambda p: train(p, learning_rate=1e30, clip=0.0, warmup_epochs=0.0), FloatingPointError,
                                                              "training loss is (nan|inf) in epoch 1, step .*, at learning rate .* Try a lower learning_rate"),

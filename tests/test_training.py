@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import vit_helpers
+from jobs import small_config
 from PIL import Image
 
 TIMINGS = {"seconds", "time", "images_per_second"}
@@ -61,6 +62,15 @@ def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks():
             share = slice(rank, 32, world)
             assert torch.equal(vit_helpers.augment(pictures[share], "crop,flip", vit_helpers.generator(0, 1, 2), share), whole[share])
     assert torch.equal(vit_helpers.augment(pictures, "none", vit_helpers.generator(0)), pictures)
+
+
+def test_named_pictures_are_brought_to_the_size_and_channels_asked_for(digits):
+    data = vit_helpers.load_data("digits", image_size=16, channels=3)
+    assert data.train.pictures.shape[1:] == (3, 8, 8)                       # kept small, enlarged batch by batch
+    images = data.normalise(data.test.pictures)
+    assert images.shape == (359, 3, 16, 16) and torch.equal(images[:, 0], images[:, 2])
+    small = torch.nn.functional.avg_pool2d(images[:, :1], 2)
+    assert torch.corrcoef(torch.stack([small.flatten(), digits.normalise(digits.test.pictures).flatten()]))[0, 1] > 0.95
 
 
 @pytest.fixture
@@ -257,9 +267,7 @@ def test_contestants_have_the_widths_that_they_promise(settings):
 @pytest.fixture(scope="module")
 def trained():
     """A model from `load_model`'s kind of checkpoint, trained for a moment."""
-    config = {**vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8}), "in_channels": 1, "num_classes": 10,
-              "mean": [0.3], "std": [0.4], "classes": [f"digit {i}" for i in range(10)]}
-    config["class"], config["model_settings"] = vit_helpers.model_settings(config)
+    config = {**small_config(), "mean": [0.3], "std": [0.4], "classes": [f"digit {i}" for i in range(10)]}
     folder = vit_helpers.SAVED_MODELS / "for-predict"
     folder.mkdir(parents=True, exist_ok=True)
     vit_helpers.save(folder / "best.pt", {"model": vit_helpers.build_model(config).half().state_dict(), "config": config, "epoch": 1})

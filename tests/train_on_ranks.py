@@ -3,16 +3,15 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 import vit_helpers
+from jobs import small_config
 
 
 def train(micro_batch_size):
     """The losses of 50 steps, and what validation says afterwards."""
-    parameters = {**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, "batch_size": 30, "micro_batch_size": micro_batch_size}
-    settings = {**vit_helpers.resolve(parameters), "in_channels": 1, "num_classes": 10, "precision": "fp32"}
-    settings["class"], settings["model_settings"] = vit_helpers.model_settings(settings)
+    settings = small_config(batch_size=30, micro_batch_size=micro_batch_size)
     data = vit_helpers.load_data("digits")
     model = vit_helpers.build_model(settings).double()
     network = torch.nn.parallel.DistributedDataParallel(model) if torch.distributed.is_initialized() else model
