@@ -1,12 +1,11 @@
 """The helper module of the notebook suite: what more than one notebook needs, and nothing else.
 
 Read it top to bottom: notebooks as modules · presets and recipes · data · training · checkpoints · run folders ·
-trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`.
+trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`, augmentation in `05_augmentation.ipynb`.
 """
 import ast
 import bisect
 import contextlib
-import datetime
 import difflib
 import gc
 import gzip
@@ -16,9 +15,7 @@ import json
 import linecache
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 import types
@@ -29,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
@@ -99,18 +96,23 @@ PRESETS = {
 DATASETS = [*PRESETS, "cifar100"]
 PRESETS["cifar100"] = PRESETS["folder"] = PRESETS["cifar10"]
 COMMON = dict(mlp_ratio=2, pool="cls", dropout=0.0, drop_path=0.0, label_smoothing=0.1, clip=1.0, val_fraction=0.1,
-              position_std=0.5)
+              position_std=0.5, mix=0.0, ema_decay=0.0)
 
 # `sgd` is SGD with momentum from the first step on, the choice of the project that inspired this one.  The ViT paper does
 # not do that: it pre-trains with Adam (section 4.1) and uses SGD with momentum .9 and clipping at 1 to fine-tune (B.1.1).
 RECIPES = {
     "sgd": dict(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-4),
     "adamw": dict(optimizer="adamw", learning_rate=2e-3, momentum=0.9, weight_decay=0.05),
+    # After the best plain ViTs on small images (Lee et al. 2021, arXiv:2112.13492, and its code): AdamW, MixUp or CutMix in half of
+    # the pictures, random erasing, label smoothing, drop path.  The average of the weights (EMA) is what is judged and kept.
+    "modern": dict(optimizer="adamw", learning_rate=2e-3, momentum=0.9, weight_decay=0.05, augment="+erase", mix=0.5, drop_path=0.1,
+                   ema_decay=0.99),
     # The paper's fine-tuning (B.1.1, table 4: learning rates from .001 to .06), the default where there are initial_weights.
     "finetune": dict(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=0.0, batch_size=512, label_smoothing=0.0),
 }
 
-ZERO_COUNTS = {"warmup_epochs", "weight_decay", "momentum", "clip", "label_smoothing", "position_std", "dropout", "drop_path"}
+ZERO_COUNTS = {"warmup_epochs", "weight_decay", "momentum", "clip", "label_smoothing", "position_std", "dropout", "drop_path", "mix",
+               "ema_decay"}
 
 
 def left_open(name, value):
@@ -188,6 +190,9 @@ def resolve(parameters):
     if settings["depth"]:
         settings["dims"] = stretch(settings["dims"], settings["depth"])
     settings["depth"] = len(settings["dims"])
+    if settings["augment"].startswith("+"):                 # what the data set allows, and more
+        settings["augment"] = PRESETS[kind]["augment"].replace("none", "") + settings["augment"].replace("+", ",")
+        settings["augment"] = settings["augment"].strip(",")
     if settings["warmup_epochs"] < 0:
         settings["warmup_epochs"] = settings["epochs"] / 10
     settings["run"] = settings["run"] or run_name(parameters, kind)
@@ -203,15 +208,17 @@ def check_settings(settings):
     for name in ("learning_rate", "clip"):
         if not 0 <= settings[name] < math.inf:
             raise ValueError(f"{name} is {settings[name]}; it must be a finite number, 0 or more")
-    for name in ("momentum", "label_smoothing", "val_fraction"):
+    for name in ("momentum", "label_smoothing", "val_fraction", "ema_decay"):
         if not 0 <= settings[name] < 1:
             raise ValueError(f"{name} is {settings[name]}; it must be at least 0 and below 1")
     if settings["val_fraction"] == 0:
         raise ValueError("val_fraction is 0; the best epoch is chosen on validation data, so some is needed, say 0.1")
+    if not 0 <= settings["mix"] <= 1:
+        raise ValueError(f"mix is {settings['mix']}; it is the share of pictures that are mixed and must be from 0 to 1")
     one_of("precision", settings["precision"], ("", "fp32", "bf16"))
     one_of("pool", settings["pool"], ("cls", "mean"))
     for part in settings["augment"].split(","):
-        one_of("augment", part, ("none", "crop", "flip"))
+        one_of("augment", part, load_notebook("05_augmentation").KINDS)
     with torch.device("meta"):                              # the model's own checks, before any data are read
         name, arguments = model_settings({**settings, "in_channels": 1, "num_classes": 2})
         getattr(load_notebook("01_models"), name)(**arguments)
@@ -349,6 +356,12 @@ class Data:
         self.train, self.val, self.test, self.classes, self.notes = train, val, test, list(classes), list(notes)
         self.image_size = image_size                            # what `normalise` brings pictures to; 0: as they are
         self.mean, self.std = channel_statistics(train)         # of the training part alone
+        self.augmentation = load_notebook("05_augmentation")    # as it is now: an edit does not change a training on its way
+
+    def prepare(self, pictures, labels, settings, draws, share):
+        """What a training step learns from: augmented, normalised images and labels or, if images are mixed, shares of classes."""
+        images = self.normalise(self.augmentation.augment(pictures, settings["augment"], draws, share))
+        return self.augmentation.mix(images, labels, len(self.classes), settings["mix"], draws, share) if settings["mix"] else (images, labels)
 
     def normalise(self, pictures):
         """uint8 (B, C, H, W) -> float (B, C, S, S), each channel with mean 0 and sd 1 over the training pictures."""
@@ -586,33 +599,6 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def augment(pictures, kinds, draws, share=None):
-    """Move and mirror a batch of uint8 pictures (B, C, H, W), each by a draw of its own.
-
-    kinds: "crop" (shifted by up to an eighth of the side, black beyond the edge), "crop,flip", or "none".
-    draws: the batch's `generator`.  share: slice(rank, global batch size, ranks), which pictures of the global batch these
-    are; draws are made for all of it, so that a picture is augmented alike on one rank or on many.
-    """
-    share = share or slice(0, len(pictures), 1)
-    if "crop" in kinds:
-        pictures = random_crop(pictures, max(1, pictures.shape[-1] // 8), draws, share)
-    if "flip" in kinds:
-        flipped = (torch.rand(share.stop, generator=draws) < 0.5)[share].to(pictures.device)
-        pictures = torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
-    return pictures
-
-
-def random_crop(pictures, padding, draws, share):
-    """Pad by `padding` and cut the old size out again, at a place of its own for each picture."""
-    batch, channels, height, width = pictures.shape
-    down, right = torch.randint(2 * padding + 1, (2, share.stop), generator=draws)[:, share].to(pictures.device)
-    rows = down[:, None] + torch.arange(height, device=pictures.device)            # (B, H)
-    columns = right[:, None] + torch.arange(width, device=pictures.device)         # (B, W)
-    padded = F.pad(pictures, (padding,) * 4)
-    picture = torch.arange(batch, device=pictures.device)[:, None, None]
-    return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)   # (B, H, W, C) -> (B, C, H, W)
-
-
 # ---------------------------------------------------------------- device and processes
 
 def pick_device(name=""):
@@ -663,11 +649,6 @@ def sum_over_ranks(values):
     return values.tolist()
 
 
-def best_precision(device):
-    """"bf16" where autocast helps (CUDA with bf16 units), else "fp32": eager bf16 on a CPU is no faster than fp32."""
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
 def someone_watches():
     """Whether a person sees the output as it comes (JupyterLab, VS Code, a terminal), so that a progress bar makes sense."""
     return "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ or sys.stderr.isatty()
@@ -683,6 +664,13 @@ def make_optimizer(model, settings):
     if settings["optimizer"] == "sgd":
         return torch.optim.SGD(groups, lr=settings["learning_rate"], momentum=settings["momentum"])
     return torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(settings["momentum"], 0.999))
+
+
+def make_average(model, settings):
+    """The exponential moving average of the weights with decay `ema_decay` a step, or None.  Polyak & Juditsky 1992."""
+    if not settings["ema_decay"]:
+        return None
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings["ema_decay"]))
 
 
 def learning_rate_at(progress, settings, epochs):
@@ -703,7 +691,8 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
 
     model: an nn.Module that maps float images (B, C, H, W) to logits (B, classes).  data: a `Data`.
     settings: optimizer, learning_rate, momentum, weight_decay, warmup_epochs, clip, label_smoothing, batch_size (of all
-    ranks together), micro_batch_size (0: no gradient accumulation), augment, precision, seed, workers, compile.
+    ranks together), micro_batch_size (0: no gradient accumulation), augment, mix, ema_decay (0: none; else validation and
+    best.pt are of the average of the weights), precision, seed, workers, compile.
     writer: a TensorBoard SummaryWriter or None.  folder: where best.pt (lowest validation loss), last.pt and previous.pt go,
     or None to keep nothing; training goes on from last.pt if there is one.  on_epoch: called with (history, epochs) after each.
     History: a dict an epoch with epoch, loss and accuracy of train (as trained: augmented, smoothed) and val, lr, seconds, …
@@ -711,22 +700,23 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
     finite, MemoryError when a step does not fit, `Stopped` when train_job.sh asks for it (by a file $VIT_JOB/stop): then last.pt holds the very step.
     """
     model.to(device)
-    optimizer = make_optimizer(model, settings)
+    optimizer, average = make_optimizer(model, settings), make_average(model, settings)
     state = {"epoch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "seconds": 0.0, "history": []}
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        state.update(resume(folder, model, optimizer, settings))
+        state.update(resume(folder, model, optimizer, average, settings))
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     network = torch.compile(network) if settings["compile"] else network
     log(writer, state["history"])
-    save_now = lambda: folder and save_last(folder, model, optimizer, state, settings)
+    save_now = lambda: folder and save_last(folder, model, optimizer, average, state, settings)
+    judged = average.module if average else model
     while state["epoch"] < epochs:
         with explained(settings):
-            train_one_epoch(network, optimizer, data, settings, epochs, state, save_now)
-            row = finish_epoch(model, optimizer, data, settings, state)
+            train_one_epoch(network, optimizer, data, settings, epochs, state, average, save_now)
+            row = finish_epoch(judged, optimizer, data, settings, state)
         if folder and ranks()[0] == 0:
             if row["val_loss"] <= min(past["val_loss"] for past in state["history"]):
-                save(folder / "best.pt", {"model": model.state_dict(), "config": settings, "epoch": row["epoch"]})
+                save(folder / "best.pt", {"model": judged.state_dict(), "config": settings, "epoch": row["epoch"]})
             save_now()
         log(writer, [row])
         if on_epoch and ranks()[0] == 0:
@@ -755,7 +745,7 @@ class Stopped(Exception):
     """Training was asked to stop and did, after saving; the same command goes on from there."""
 
 
-def train_one_epoch(network, optimizer, data, settings, epochs, state, save_now=lambda: None):
+def train_one_epoch(network, optimizer, data, settings, epochs, state, average=None, save_now=lambda: None):
     """The rest of epoch `state["epoch"]`, from step `state["step"]` on; `state` is updated in place, step by step.
 
     What happens in a step depends on (seed, epoch, step) alone: the order of the pictures, the augmentation and dropout.
@@ -776,6 +766,8 @@ def train_one_epoch(network, optimizer, data, settings, epochs, state, save_now=
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state["epoch"] + state["step"] / len(steps), settings, epochs)
         pending.append(train_step(network, optimizer, pictures, labels, data, settings, state, size))
+        if average:
+            average.update_parameters(network)
         state["step"] += 1
         bar.update()
         if labels.device.type == "cpu" or len(pending) == 20 or state["step"] == len(steps):    # a GPU is not kept waiting
@@ -794,7 +786,7 @@ def train_step(network, optimizer, pictures, labels, data, settings, state, size
     rank, world = ranks()
     key = (settings["seed"], state["epoch"], state["step"])
     torch.manual_seed(generator(*key, rank).initial_seed())             # for dropout and drop path
-    images = data.normalise(augment(pictures, settings["augment"], generator(*key), slice(rank, size, world)))
+    images, targets = data.prepare(pictures, labels, settings, generator(*key), slice(rank, size, world))
     images = images.to(next(network.parameters()).dtype)
     optimizer.zero_grad(set_to_none=True)
     parts = range(0, len(labels), settings["micro_batch_size"] or max(1, len(labels)))
@@ -805,7 +797,7 @@ def train_step(network, optimizer, pictures, labels, data, settings, state, size
         with contextlib.nullcontext() if last or world == 1 else network.no_sync():
             with autocast(labels.device, settings):
                 logits = network(images[part])
-                loss = F.cross_entropy(logits, labels[part], label_smoothing=settings["label_smoothing"], reduction="sum")
+                loss = F.cross_entropy(logits, targets[part], label_smoothing=settings["label_smoothing"], reduction="sum")
             (loss * world / size).backward()                            # DDP takes the mean over ranks: together, the batch's mean
         right = (logits.argmax(1) == labels[part]).sum()
         totals += torch.stack([loss.detach(), right, right.new_tensor(len(logits))])
@@ -887,9 +879,10 @@ def write_atomically(path, content):
                       "make room or change the permissions, and give the same command again") from error
 
 
-def save_last(folder, model, optimizer, state, settings):
+def save_last(folder, model, optimizer, average, state, settings):
     """last.pt: all that a resume needs.  The one before stays as previous.pt."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, **state}
+    content["average"] = average.state_dict() if average else {}
     fresh = folder / "fresh.pt"
     save(fresh, content)
     if (folder / "last.pt").exists():
@@ -918,8 +911,8 @@ def fill(module, values, path):
                          f"({str(error).splitlines()[-1].strip()})") from error
 
 
-def resume(folder, model, optimizer, settings):
-    """Put model and optimizer into the state of last.pt (or, if that is damaged, previous.pt); returns the loop's state."""
+def resume(folder, model, optimizer, average, settings):
+    """Put model, optimizer and the weights' average (or None) into the state of last.pt (or, if that is damaged, previous.pt); returns the loop's state."""
     damaged = []
     for path in (folder / "last.pt", folder / "fresh.pt", folder / "previous.pt"):
         if not path.exists():
@@ -937,6 +930,8 @@ def resume(folder, model, optimizer, settings):
             raise ValueError(f"{path} is a model, but holds no state of its training to go on from")
         fill(model, content["model"], path)
         fill(optimizer, content["optimizer"], path)
+        if average:
+            fill(average, content["average"], path)
         rank, world = ranks()
         if sum_over_ranks([content["epoch"], content["step"]]) != [world * content["epoch"], world * content["step"]]:
             raise RuntimeError(f"the ranks read different checkpoints from {folder}; is it on a disk that all nodes share?")
@@ -964,7 +959,7 @@ def stop_if_asked(state, save_now):
 
 NOT_COMPARED = {"device", "device_name", "cores", "threads", "ranks", "versions", "git_commit", "workers", "compile", "micro_batch_size",
                 "run", "started"}
-ADDED = {"initial_weights": ""}         # parameters that older runs do not know, and what they meant before
+ADDED = {"initial_weights": "", "mix": 0.0, "ema_decay": 0.0}         # parameters that older runs do not know, and what they meant before
 
 
 def refuse_changes(old, new, where):
@@ -978,20 +973,6 @@ def refuse_changes(old, new, where):
                          "go back to the old settings, or delete the run's folders")
 
 
-def describe_machine(device):
-    """Where a run takes place: device, cores, threads, ranks, versions, git commit, date."""
-    import torchvision
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    return {"device": device.type, "device_name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": ranks()[1],
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
-            "git_commit": commit.stdout.strip(), "started": datetime.datetime.now().isoformat(timespec="seconds")}
-
-
 def run_folder(run):
     """The folder of a run by name, here or, for published/…, in the repository.  FileNotFoundError lists near names."""
     for base in (RUNS, ROOT / "runs"):
@@ -1002,69 +983,9 @@ def run_folder(run):
     raise FileNotFoundError(f"no run {run!r} in {RUNS}" + (f"; near it: {', '.join(near)}" if near else ""))
 
 
-def open_run(config):
-    """Begin a run, or go on with it: lock it, refuse changed settings, write config.json.
-
-    Returns (folder for its checkpoints, TensorBoard writer or None, results or None): a run that is done has results and
-    needs no writer, and ranks other than 0 do not write.
-    """
-    folder, saved = RUNS / config["run"], SAVED_MODELS / config["run"]
-    results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else None
-    if ranks()[0] > 0:
-        return saved, None, results
-    folder.mkdir(parents=True, exist_ok=True)
-    saved.mkdir(parents=True, exist_ok=True)
-    lock_run(saved)
-    if "VIT_JOB" in os.environ:                 # train_job.sh puts the executed notebook there, unless it is there already
-        done = results and (folder / "02_training.ipynb").exists()
-        Path(os.environ["VIT_JOB"], "was-done" if done else "run").write_text(config["run"])
-    if (folder / "config.json").exists():
-        refuse_changes(json.loads((folder / "config.json").read_text()), config, folder / "config.json")
-    if results:
-        print(f"run {config['run']} is done: nothing is trained again")
-        return saved, None, results
-    if (saved / "last.pt").exists():
-        print(f"run {config['run']} goes on from its last checkpoint")
-    write_json(folder / "config.json", config)
-    return saved, open_writer(folder, config), None
-
-
-def close_run(config, writer):
-    """Close a run's log and let other processes have it again."""
-    if writer:
-        writer.close()
-    if SAVED_MODELS / config["run"] in LOCKS:
-        LOCKS.pop(SAVED_MODELS / config["run"]).release(force=True)
-
-
-LOCKS = {}
-
-
-def lock_run(saved):
-    """Keep other processes from this run until this one ends, however it ends; RuntimeError if one has it already."""
-    try:
-        LOCKS.setdefault(saved, FileLock(saved / ".lock")).acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(f"run {saved.name} is being trained by another process, which holds {saved / '.lock'}; "
-                           "wait for it, or give this one another name (-p run …)") from None
-
-
 def write_json(path, content):
     """Plain values as an indented JSON file, written atomically."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def open_writer(folder, config):
-    """A TensorBoard writer with a fresh log; `log` fills in what an earlier try had done, so no step is there twice."""
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = SummaryWriter(folder)
-    plain = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
-    for summary in hparams(plain, {"loss/val": None, "accuracy/val": None}):   # add_hparams would make a folder of its own
-        writer.file_writer.add_summary(summary)
-    return writer
 
 
 TAGS = {"loss/train": "train_loss", "loss/val": "val_loss", "accuracy/train": "train_accuracy", "accuracy/val": "val_accuracy",

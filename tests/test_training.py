@@ -53,15 +53,32 @@ def test_splits_are_apart_seeded_and_stratified(digits):
     assert torch.bincount(digits.val.labels).min() >= 13
 
 
-def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks():
+@pytest.mark.parametrize("kinds", ["crop,flip", "crop,flip,trivial,erase"])
+def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks(kinds):
+    augment = vit_helpers.load_notebook("05_augmentation").augment
     pictures = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(32, 3, 1, 1) + 1
-    whole = vit_helpers.augment(pictures, "crop,flip", vit_helpers.generator(0, 1, 2))
+    whole = augment(pictures, kinds, vit_helpers.generator(0, 1, 2))
     assert len({picture.numpy().tobytes() for picture in whole}) > 12         # 9 shifts, each also mirrored
     for world in (2, 3):
         for rank in range(world):
             share = slice(rank, 32, world)
-            assert torch.equal(vit_helpers.augment(pictures[share], "crop,flip", vit_helpers.generator(0, 1, 2), share), whole[share])
-    assert torch.equal(vit_helpers.augment(pictures, "none", vit_helpers.generator(0)), pictures)
+            assert torch.equal(augment(pictures[share], kinds, vit_helpers.generator(0, 1, 2), share), whole[share])
+    assert torch.equal(augment(pictures, "none", vit_helpers.generator(0)), pictures)
+
+
+def test_mixed_pictures_and_their_targets_go_together_on_any_number_of_ranks():
+    mix = vit_helpers.load_notebook("05_augmentation").mix
+    labels = torch.arange(64) % 7
+    images = labels.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).double()            # the mean of a mixed picture says what it is made of
+    mixed, targets = mix(images, labels, 7, 0.8, vit_helpers.generator(0))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(7.0, dtype=torch.double))
+    assert 0.6 < (targets.max(1).values < 1).double().mean() < 0.95
+    both = (mixed.amax((1, 2, 3)) - mixed.amin((1, 2, 3)) > 0).sum()          # CutMix leaves two values, MixUp one
+    assert 10 < both < 40
+    for rank in (0, 1):
+        share = slice(rank, 64, 2)
+        for whole, part in zip((mixed, targets), mix(images[share], labels[share], 7, 0.8, vit_helpers.generator(0), share)):
+            torch.testing.assert_close(part, whole[share])
 
 
 def test_named_pictures_are_brought_to_the_size_and_channels_asked_for(digits):
@@ -115,8 +132,9 @@ def test_train_val_and_test_folders(folder, tmp_path):
 
 # ---- training
 
-def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, train):
-    config = settings(dropout=0.1, drop_path=0.1, epochs=4)
+@pytest.mark.parametrize("recipe", ["sgd", "modern"])
+def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, train, recipe):
+    config = settings(recipe=recipe, dropout=0.1, drop_path=0.1, epochs=4)
     reference, history = train(config, tmp_path / "one")
     job = tmp_path / "job"
     job.mkdir()
@@ -142,7 +160,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, 
     assert all(torch.equal(best[0]["model"][name], best[1]["model"][name]) for name in best[0]["model"])
 
 
-@pytest.mark.parametrize("recipe", ["sgd", "adamw"])
+@pytest.mark.parametrize("recipe", ["sgd", "adamw", "modern"])
 def test_same_seed_same_curve(recipe, settings, train):
     config = settings(recipe=recipe, epochs=1)
     assert untimed(train(config)[1]) == untimed(train(config)[1]) != untimed(train(settings(recipe=recipe, epochs=1, seed=1))[1])
@@ -230,14 +248,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, settings, train):
 
 
 def test_a_run_is_locked_while_it_is_trained(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(vit_helpers.ROOT)!r}); import pathlib, vit_helpers; vit_helpers.lock_run(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    lock_run = vit_helpers.load_notebook("02_training").lock_run
+    code = f"import sys; sys.path.insert(0, {str(vit_helpers.ROOT)!r}); import pathlib, vit_helpers; vit_helpers.load_notebook('02_training').lock_run(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(RuntimeError, match="is being trained by another process"):
-        vit_helpers.lock_run(tmp_path)
+        lock_run(tmp_path)
     holder.kill()                                                       # a dead process blocks nobody
     holder.wait()
-    vit_helpers.lock_run(tmp_path)
+    lock_run(tmp_path)
 
 
 # ---- parameters
