@@ -6,6 +6,7 @@ STRIP := python -c 'import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); \
     [part.metadata.pop(name, None) for part in (nb, *nb.cells) for name in ("papermill", "widgets", "execution")]; \
     [cell.metadata.pop("tags", None) for cell in nb.cells if not cell.metadata.get("tags")]; nbformat.write(nb, sys.argv[2])'
 OUT ?= comparison
+SUMMARY ?= runs/published/study.jsonl
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -45,6 +46,9 @@ published: setup   ## train the published runs where they are missing (over an h
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
+study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
+	@python -c "import vit_helpers; vit_helpers.load_notebook('06_questions').run_study('$(SUMMARY)')"
+
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
 	@for name in notebooks/*.ipynb; do \
@@ -61,4 +65,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test figures compare runs published notebooks data lab tensorboard
+.PHONY: help setup train test figures compare runs published notebooks study data lab tensorboard
