@@ -26,6 +26,7 @@ test: setup     ## all tests, the notebooks among them
 figures: setup  ## draw every picture in img/ and fill the README's tables from runs/published/
 	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r output .
 	@$(PAPERMILL) notebooks/04_inside.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/06_questions.ipynb runs/.figures.ipynb -r output .
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
@@ -44,6 +45,7 @@ published: setup   ## train the published runs where they are missing (over an h
 	bash train_job.sh -r run published/more/fashion-mnist-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p patch_size 4 -p epochs 15
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p patch_size 4 -p epochs 16
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
+	bash train_job.sh -r run published/more/fashion-mnist-modern-seed0-vit -p dataset fashion-mnist -p model vit -p recipe modern -p epochs 60
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
