@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # now, for DDP imports it once there is a group; its functions' defaults then keep that alive to the very end
 import torch.nn.functional as F
 from filelock import FileLock
 from PIL import Image, ImageOps
@@ -630,7 +631,7 @@ def start_processes(device=""):
 
 def end_processes():
     """Leave the group of ranks, once all have trained: what rank 0 still has to do, nobody waits for."""
-    gc.collect()            # a DistributedDataParallel kept alive until the interpreter ends may abort it ("terminate called …")
+    gc.collect()            # threads of a group that is still alive when the interpreter ends may abort it ("terminate called …")
     if dist.is_initialized():
         dist.destroy_process_group()
 
