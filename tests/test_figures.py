@@ -17,9 +17,10 @@ def comparison():
 
 def test_figures_are_drawn_without_data_and_the_readme_stays_as_it_is(tmp_path):
     shutil.copy(README, tmp_path)
-    command = [sys.executable, "-m", "papermill", vit_helpers.ROOT / "notebooks" / "03_comparison.ipynb", tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar",
-               "--cwd", vit_helpers.ROOT / "notebooks", "-r", "output", tmp_path]
-    subprocess.run(command, check=True, capture_output=True)
+    for name in ("03_comparison.ipynb", "06_questions.ipynb"):
+        command = [sys.executable, "-m", "papermill", vit_helpers.ROOT / "notebooks" / name, tmp_path / name, "-k", "python3", "--no-progress-bar",
+                   "--cwd", vit_helpers.ROOT / "notebooks", "-r", "output", tmp_path]
+        subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "README.md").read_text() == README.read_text(), "run `make figures` and commit what changed"
     shown = set(re.findall(r"\]\(img/([\w.-]+)\)", README.read_text()))
     drawn = {path.name for path in (tmp_path / "img").iterdir()}
