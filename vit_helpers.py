@@ -19,6 +19,7 @@ import re
 import sys
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -707,7 +708,7 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
         Path(folder).mkdir(parents=True, exist_ok=True)
         state.update(resume(folder, model, optimizer, average, settings))
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    network = torch.compile(network) if settings["compile"] else network
+    network = compiled(network, data, settings) if settings["compile"] else network
     log(writer, state["history"])
     save_now = lambda: folder and save_last(folder, model, optimizer, average, state, settings)
     judged = average.module if average else model
@@ -736,10 +737,26 @@ def explained(settings):
             pictures = settings["micro_batch_size"] or max(1, settings["batch_size"] // ranks()[1])
             raise MemoryError(f"out of memory with {pictures} pictures at a time ({first}). Give the same command with -p micro_batch_size "
                               f"{max(1, pictures // 2)}, which gives the same model, or less; what was saved is whole") from error
-        if settings["compile"] and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise RuntimeError(f"torch.compile failed ({first}); leave out -p compile, or install what it needs, a C++ compiler first "
-                               "of all (g++)") from error
         raise
+
+
+def compiled(network, data, settings):
+    """torch.compile of a network, tried on one batch; the network as it is, with a warning, where that fails."""
+    if ranks()[0] == 0:
+        print("compiling the model, which takes about a minute", flush=True)
+    fast, share = torch.compile(network), min(settings["batch_size"], len(data.train)) // ranks()[1]
+    pictures, labels = next(data.train.batches([torch.arange(settings["micro_batch_size"] or share)]))
+    images = data.normalise(pictures).to(next(network.parameters()).dtype)
+    try:
+        with explained(settings), autocast(labels.device, settings):
+            fast(images).sum().backward()
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        fast = network
+        warnings.warn(f"torch.compile failed ({str(error).splitlines()[0]}): training goes on uncompiled. It needs a C++ compiler, such as g++")
+    network.zero_grad(set_to_none=True)
+    return fast
 
 
 class Stopped(Exception):
