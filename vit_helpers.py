@@ -459,7 +459,7 @@ def load_named(dataset):
         labels = torch.from_numpy(digits.target).long()
         rest, test = split_indices(labels, 0.2, 0)
         train, test, classes = take((pictures, labels), rest), take((pictures, labels), test), [str(i) for i in range(10)]
-    elif dataset == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir() and not (DATA / "FashionMNIST").is_dir():
+    elif dataset == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
         from torchvision.datasets import FashionMNIST
         train, test = ((read_idx(f"{part}-images-idx3")[:, None], read_idx(f"{part}-labels-idx1").long())
                        for part in ("train", "t10k"))
