@@ -7,6 +7,7 @@ STRIP := python -c 'import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); \
     [cell.metadata.pop("tags", None) for cell in nb.cells if not cell.metadata.get("tags")]; nbformat.write(nb, sys.argv[2])'
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
+BENCH ?= runs/bench.json
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,6 +28,7 @@ figures: setup  ## draw every picture in img/ and fill the README's tables from 
 	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r output .
 	@$(PAPERMILL) notebooks/04_inside.ipynb runs/.figures.ipynb -r output .
 	@$(PAPERMILL) notebooks/06_questions.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/07_throughput.ipynb runs/.figures.ipynb -r output .
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
@@ -51,6 +53,10 @@ published: setup   ## train the published runs where they are missing (over an h
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
 	@python -c "import vit_helpers; vit_helpers.load_notebook('06_questions').run_study('$(SUMMARY)')"
 
+bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour on two cores): make bench [IMAGES=folder]
+	pip install -q --disable-pip-version-check timm vit-pytorch
+	@python -c "import vit_helpers; vit_helpers.load_notebook('07_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
+
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
 	@for name in notebooks/*.ipynb; do \
@@ -67,4 +73,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test figures compare runs published notebooks study data lab tensorboard
+.PHONY: help setup train test figures compare runs published notebooks study bench data lab tensorboard

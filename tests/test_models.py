@@ -1,4 +1,6 @@
 """The models of 01_models.ipynb: what they compute, what they refuse, that they learn."""
+import shutil
+
 import pytest
 import torch
 import torchvision
@@ -6,9 +8,8 @@ import vit_helpers
 from torch import nn
 
 
-@pytest.mark.parametrize("image_size, patch_size, dim, depth, heads, ratio, classes", [
-    (32, 4, 96, 4, 3, 2, 10), (28, 7, 64, 2, 4, 4, 7), (48, 16, 192, 3, 3, 3, 100), (224, 16, 768, 12, 12, 4, 1000)])
-def test_equals_torchvision(models, image_size, patch_size, dim, depth, heads, ratio, classes):
+def pair_of_twins(models, image_size, patch_size, dim, depth, heads, ratio, classes):
+    """(torchvision's model, ours with the same weights, both in evaluation mode, images)."""
     torch.manual_seed(0)
     theirs = torchvision.models.VisionTransformer(image_size, patch_size, depth, heads, dim, dim * ratio, num_classes=classes).eval()
     for parameter in theirs.parameters():       # a fresh torchvision head is zero, and would make all logits equal
@@ -16,12 +17,33 @@ def test_equals_torchvision(models, image_size, patch_size, dim, depth, heads, r
     ours = models.TowerViT(image_size, patch_size, 3, classes, dim=dim, depth=depth, head_dim=dim // heads, mlp_ratio=ratio).eval()
     vit_helpers.load_notebook("02_training").start_from(ours, theirs.state_dict())
     ours.head.load_state_dict(theirs.heads.head.state_dict())           # it starts from a head of zeros
-    images = torch.randn(2, 3, image_size, image_size)
+    return theirs, ours, torch.randn(2, 3, image_size, image_size)
+
+
+@pytest.mark.parametrize("shape", [(32, 4, 96, 4, 3, 2, 10), (28, 7, 64, 2, 4, 4, 7), (48, 16, 192, 3, 3, 3, 100), (224, 16, 768, 12, 12, 4, 1000)])
+def test_equals_torchvision(models, shape):
+    theirs, ours, images = pair_of_twins(models, *shape)
     with torch.no_grad():
         expected, logits = theirs(images), ours(images)
     difference = (logits - expected).abs().max().item()
     print(f"largest difference of logits: {difference:.1e}, their sd: {expected.std().item():.2f}")
     assert expected.std() > 0.1 and difference < 1e-5
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for torch.compile"))])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equals_torchvision_on_every_fast_path(models, precision, compile):
+    """bf16 keeps 8 binary digits: a value is rounded by at most u = 2^-8 of itself.  On its way through a block a number is rounded at most 14
+    times (inputs, weights and outputs of six products, softmax, GELU); independent errors add up as a root: u * sqrt(14 * depth) of the logits' sd."""
+    theirs, ours, images = pair_of_twins(models, 32, 4, 96, 4, 3, 2, 10)
+    network = torch.compile(ours) if compile else ours
+    with torch.no_grad():
+        expected = theirs(images)
+        with vit_helpers.autocast(images.device, {"precision": precision}):
+            logits = network(images).float()
+    difference, bound = logits - expected, 2 ** -8 * (14 * len(ours.blocks)) ** 0.5 * expected.std()
+    print(f"{precision}, compiled {compile}: largest difference {difference.abs().max():.1e}, root mean square {difference.square().mean().sqrt():.1e}, bound in bf16 {bound:.1e}")
+    assert difference.abs().max() < 1e-5 if precision == "fp32" else 0 < difference.square().mean().sqrt() < bound
 
 
 def test_parameters_of_vit_b_16(models):
