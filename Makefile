@@ -29,6 +29,7 @@ figures: setup  ## draw every picture in img/ and fill the README's tables from 
 	@$(PAPERMILL) notebooks/04_inside.ipynb runs/.figures.ipynb -r output .
 	@$(PAPERMILL) notebooks/06_questions.ipynb runs/.figures.ipynb -r output .
 	@$(PAPERMILL) notebooks/07_throughput.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/08_headline.ipynb runs/.figures.ipynb -r output .
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
@@ -48,6 +49,7 @@ published: setup   ## train the published runs where they are missing (over an h
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p patch_size 4 -p epochs 16
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
 	bash train_job.sh -r run published/more/fashion-mnist-modern-seed0-vit -p dataset fashion-mnist -p model vit -p recipe modern -p epochs 60
+	test ! -d data/cifar10-jpeg || $(MAKE) headline DATASET=data/cifar10-jpeg FOLDER=published/headline
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
@@ -56,6 +58,12 @@ study: setup    ## train what notebook 6 asks for, many small models, where it i
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour on two cores): make bench [IMAGES=folder]
 	pip install -q --disable-pip-version-check timm vit-pytorch
 	@python -c "import vit_helpers; vit_helpers.load_notebook('07_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
+
+headline: setup ## train notebook 8's plan for the GPU or CPU at hand: make headline [DATASET=folder] [ONLY="cifar10-best"] [PASSES=1] [KIND=cuda]
+	@python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').run_headline('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(PASSES)' or 0), '$(KIND)', '$(or $(FOLDER),headline)')"
+
+retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
+	@python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').retest('$(or $(RUNS),published/**)'.split())"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
@@ -73,4 +81,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test figures compare runs published notebooks study bench data lab tensorboard
+.PHONY: help setup train test figures compare runs published notebooks study bench headline retest data lab tensorboard

@@ -202,21 +202,18 @@ def resolve(parameters):
     return settings
 
 
+RANGES = [("epochs batch_size", lambda value: value >= 1, "1 or more"), ("micro_batch_size seed workers", lambda value: value >= 0, "0 or more"),
+          ("learning_rate clip warmup_epochs weight_decay", lambda value: 0 <= value < math.inf, "a finite number, 0 or more"),
+          ("momentum label_smoothing ema_decay", lambda value: 0 <= value < 1, "at least 0 and below 1"), ("mix", lambda value: 0 <= value <= 1, "from 0 to 1"),
+          ("val_fraction", lambda value: 0 < value < 1, "above 0 and below 1: the best epoch is chosen on these data")]
+
+
 def check_settings(settings):
     """ValueError for a setting out of its range; what only concerns the model, the model checks itself."""
-    for name in ("epochs", "batch_size", "micro_batch_size", "seed", "workers"):
-        if settings[name] < (1 if name in ("epochs", "batch_size") else 0):
-            raise ValueError(f"{name} is {settings[name]}; it must be {1 if name in ('epochs', 'batch_size') else 0} or more")
-    for name in ("learning_rate", "clip"):
-        if not 0 <= settings[name] < math.inf:
-            raise ValueError(f"{name} is {settings[name]}; it must be a finite number, 0 or more")
-    for name in ("momentum", "label_smoothing", "val_fraction", "ema_decay"):
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f"{name} is {settings[name]}; it must be at least 0 and below 1")
-    if settings["val_fraction"] == 0:
-        raise ValueError("val_fraction is 0; the best epoch is chosen on validation data, so some is needed, say 0.1")
-    if not 0 <= settings["mix"] <= 1:
-        raise ValueError(f"mix is {settings['mix']}; it is the share of pictures that are mixed and must be from 0 to 1")
+    for names, fits, rule in RANGES:
+        for name in names.split():
+            if not fits(settings[name]):
+                raise ValueError(f"{name} is {settings[name]}; it must be {rule}")
     one_of("precision", settings["precision"], ("", "fp32", "bf16"))
     one_of("pool", settings["pool"], ("cls", "mean"))
     for part in settings["augment"].split(","):
@@ -342,7 +339,7 @@ class Split:
         """Yield (pictures uint8 (B, C, H, W), labels (B,)) on the device for each index tensor of a list."""
         if isinstance(self.pictures, torch.Tensor):
             for index in indices:
-                index = index.to(self.labels.device)
+                index = send(index, self.labels.device)
                 yield self.pictures[index], self.labels[index]
         else:
             loader = torch.utils.data.DataLoader(self.pictures, batch_sampler=[index.tolist() for index in indices],
@@ -362,7 +359,7 @@ class Data:
 
     def prepare(self, pictures, labels, settings, draws, share):
         """What a training step learns from: augmented, normalised images and labels or, if images are mixed, shares of classes."""
-        images = self.normalise(self.augmentation.augment(pictures, settings["augment"], draws, share))
+        images = self.normalise(self.augmentation.augment(pictures, settings["augment"], draws, share)).contiguous()     # one layout, compiled once
         return self.augmentation.mix(images, labels, len(self.classes), settings["mix"], draws, share) if settings["mix"] else (images, labels)
 
     def normalise(self, pictures):
@@ -370,9 +367,14 @@ class Data:
         return normalise(pictures, self.mean, self.std, self.image_size)
 
 
+def send(values, device):
+    """A CPU tensor on the device; a GPU takes it when it gets there, and nobody waits for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def normalise(pictures, mean, std, size=0):
     """uint8 (B, C, H, W) -> float (B, C, size, size), by a mean and an sd a channel on a scale of 0 to 1; size 0: as it is."""
-    mean, std = (torch.tensor(values, device=pictures.device).view(1, -1, 1, 1) for values in (mean, std))
+    mean, std = (send(torch.tensor(values), pictures.device).view(1, -1, 1, 1) for values in (mean, std))
     pictures = pictures.float() / 255
     if size and pictures.shape[-1] != size:
         pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
@@ -422,6 +424,12 @@ def load_data(dataset="digits", image_size=0, seed=0, val_fraction=0.1, device="
         rest, val = split_indices(train[1], val_fraction, seed, classes)
         val, train = take(train, val), take(train, rest)
     return Data(*(Split(*part, device) for part in (train, val, test)), classes, notes, image_size)
+
+
+def load_data_of(config, device="cpu"):
+    """The data set that a run was trained on, split as it was, by the run's config."""
+    dataset = str(ROOT / config["folder"]) if config.get("folder") else config["dataset"]
+    return load_data(dataset, config["image_size"], config["seed"], config["val_fraction"], device, config["in_channels"])
 
 
 def take(part, indices):
@@ -707,8 +715,9 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state.update(resume(folder, model, optimizer, average, settings))
+    compiles = settings["compile"] and can_compile(model, data, settings)
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    network = compiled(network, data, settings) if settings["compile"] else network
+    network = torch.compile(network) if compiles else network
     log(writer, state["history"])
     save_now = lambda: folder and save_last(folder, model, optimizer, average, state, settings)
     judged = average.module if average else model
@@ -716,13 +725,13 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
         with explained(settings):
             train_one_epoch(network, optimizer, data, settings, epochs, state, average, save_now)
             row = finish_epoch(judged, optimizer, data, settings, state)
-        if folder and ranks()[0] == 0:
-            if row["val_loss"] <= min(past["val_loss"] for past in state["history"]):
+        if ranks()[0] == 0:
+            if folder and row["val_loss"] <= min(past["val_loss"] for past in state["history"]):
                 save(folder / "best.pt", {"model": judged.state_dict(), "config": settings, "epoch": row["epoch"]})
             save_now()
-        log(writer, [row])
-        if on_epoch and ranks()[0] == 0:
-            on_epoch(state["history"], epochs)
+            log(writer, [row])
+            if on_epoch:
+                on_epoch(state["history"], epochs)
     return state["history"]
 
 
@@ -740,23 +749,23 @@ def explained(settings):
         raise
 
 
-def compiled(network, data, settings):
-    """torch.compile of a network, tried on one batch; the network as it is, with a warning, where that fails."""
+def can_compile(model, data, settings):
+    """Whether torch.compile works on all ranks, tried on one batch; a warning says why not."""
     if ranks()[0] == 0:
         print("compiling the model, which takes about a minute", flush=True)
-    fast, share = torch.compile(network), min(settings["batch_size"], len(data.train)) // ranks()[1]
-    pictures, labels = next(data.train.batches([torch.arange(settings["micro_batch_size"] or share)]))
-    images = data.normalise(pictures).to(next(network.parameters()).dtype)
+    share = min(settings["batch_size"], len(data.train)) // ranks()[1]
+    pictures, labels = next(data.train.batches([torch.arange(min(settings["micro_batch_size"] or share, share))]))
+    images, failed = data.normalise(pictures).to(next(model.parameters()).dtype), 0.0
     try:
         with explained(settings), autocast(labels.device, settings):
-            fast(images).sum().backward()
+            torch.compile(model)(images).sum().backward()
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        fast = network
+        failed = 1.0
         warnings.warn(f"torch.compile failed ({str(error).splitlines()[0]}): training goes on uncompiled. It needs a C++ compiler, such as g++")
-    network.zero_grad(set_to_none=True)
-    return fast
+    model.zero_grad(set_to_none=True)
+    return not sum_over_ranks([failed])[0]
 
 
 class Stopped(Exception):
@@ -776,10 +785,9 @@ def train_one_epoch(network, optimizer, data, settings, epochs, state, average=N
     steps = order.split(size)[:len(order) // size]                      # the last, smaller batch is left out
     shares = [indices[rank::world] for indices in steps[state["step"]:]]
     network.train()
-    started, sums = time.perf_counter(), torch.tensor(state["sums"], dtype=torch.float64)
+    started, pending = time.perf_counter(), []
     bar = tqdm(total=len(steps), initial=state["step"], desc=f"epoch {state['epoch'] + 1}/{epochs}", leave=False,
                disable=rank > 0 or not someone_watches())
-    pending = []
     for pictures, labels in data.train.batches(shares, settings["workers"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state["epoch"] + state["step"] / len(steps), settings, epochs)
@@ -789,14 +797,18 @@ def train_one_epoch(network, optimizer, data, settings, epochs, state, average=N
         state["step"] += 1
         bar.update()
         if labels.device.type == "cpu" or len(pending) == 20 or state["step"] == len(steps):    # a GPU is not kept waiting
-            sums += (torch.stack(pending).cpu().double() * 2**20).round().sum(0) / 2**20        # exact, in whatever order
-            pending.clear()
-            check_finite("training", sums[0].item(), state, optimizer)
-            now = time.perf_counter()
-            state.update(sums=sums.tolist(), seconds=state["seconds"] + now - started)
-            started = now
+            count_in(pending, state, optimizer)
+            state["seconds"], started = state["seconds"] + time.perf_counter() - started, time.perf_counter()
             stop_if_asked(state, save_now)
     bar.close()
+
+
+def count_in(pending, state, optimizer):
+    """Add the totals of the steps that are `pending` to the epoch's sums and forget them; FloatingPointError if the loss is not finite."""
+    totals = (torch.stack(pending).cpu().double() * 2**20).round().sum(0) / 2**20        # exact, in whatever order
+    state["sums"] = (torch.tensor(state["sums"], dtype=torch.float64) + totals).tolist()
+    pending.clear()
+    check_finite("training", state["sums"][0], state, optimizer)
 
 
 def train_step(network, optimizer, pictures, labels, data, settings, state, size):
@@ -818,7 +830,7 @@ def train_step(network, optimizer, pictures, labels, data, settings, state, size
                 loss = F.cross_entropy(logits, targets[part], label_smoothing=settings["label_smoothing"], reduction="sum")
             (loss * world / size).backward()                            # DDP takes the mean over ranks: together, the batch's mean
         right = (logits.argmax(1) == labels[part]).sum()
-        totals += torch.stack([loss.detach(), right, right.new_tensor(len(logits))])
+        totals += torch.stack([loss.detach(), right, torch.full_like(right, len(logits))])
     if settings["clip"]:
         nn.utils.clip_grad_norm_(network.parameters(), settings["clip"])
     optimizer.step()
@@ -855,7 +867,7 @@ def predict_split(model, data, split, settings, alone=False):
     model.eval()
     logits, labels = [], []
     device, dtype = split.labels.device, next(model.parameters()).dtype
-    share = torch.arange(len(split))[rank::world].split(settings["micro_batch_size"] or settings["batch_size"])
+    share = torch.arange(len(split))[rank::world].split(settings["micro_batch_size"] or max(1, settings["batch_size"] // ranks()[1]))
     for pictures, truth in split.batches(share, settings["workers"]):
         with autocast(device, settings):
             logits.append(model(data.normalise(pictures).to(dtype)).float().cpu())
@@ -931,33 +943,41 @@ def fill(module, values, path):
 
 def resume(folder, model, optimizer, average, settings):
     """Put model, optimizer and the weights' average (or None) into the state of last.pt (or, if that is damaged, previous.pt); returns the loop's state."""
+    path, content, damaged = read_last(folder)
+    place = [content["epoch"], content["step"]] if content else [-1, -1]
+    rank, world = ranks()
+    if sum_over_ranks(place) != [world * number for number in place]:
+        raise RuntimeError(f"the ranks read different checkpoints from {folder}; is it on a disk that all nodes share?")
+    if not content:
+        return {}
+    for bad, error in damaged if rank == 0 else []:
+        print(f"warning: {error}; going on from {path.name}", flush=True)
+        bad.unlink(missing_ok=True)                     # or it would replace the good one at the next save
+    refuse_changes(content["config"], settings, path)
+    fill(model, content["model"], path)
+    fill(optimizer, content["optimizer"], path)
+    if average:
+        fill(average, content["average"], path)
+    return {"epoch": content["epoch"], "step": content["step"], "history": content["history"], "seconds": content["seconds"],
+            "sums": content["sums"] if rank == 0 else [0.0, 0.0, 0.0]}
+
+
+def read_last(folder):
+    """(path, content, damaged) of the newest checkpoint that can be read, or (None, None, []); damaged: (path, error) of newer ones that cannot."""
     damaged = []
     for path in (folder / "last.pt", folder / "fresh.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
         try:
-            content = load_checkpoint(path)
+            content = load_checkpoint(path) if path.exists() else None
         except ValueError as error:
             damaged.append((path, error))
             continue
-        for bad, error in damaged:
-            print(f"warning: {error}; going on from {path.name}", flush=True)
-            bad.unlink(missing_ok=True)                 # or it would replace the good one at the next save
-        refuse_changes(content["config"], settings, path)
-        if not {"optimizer", "epoch", "step", "history", "seconds", "sums"} <= set(content):
+        if content and not {"optimizer", "epoch", "step", "history", "seconds", "sums"} <= set(content):
             raise ValueError(f"{path} is a model, but holds no state of its training to go on from")
-        fill(model, content["model"], path)
-        fill(optimizer, content["optimizer"], path)
-        if average:
-            fill(average, content["average"], path)
-        rank, world = ranks()
-        if sum_over_ranks([content["epoch"], content["step"]]) != [world * content["epoch"], world * content["step"]]:
-            raise RuntimeError(f"the ranks read different checkpoints from {folder}; is it on a disk that all nodes share?")
-        return {"epoch": content["epoch"], "step": content["step"], "history": content["history"], "seconds": content["seconds"],
-                "sums": content["sums"] if rank == 0 else [0.0, 0.0, 0.0]}
+        if content:
+            return path, content, damaged
     if damaged:
         raise ValueError("; ".join(str(error) for _, error in damaged) + f". No earlier checkpoint is readable; to train from the start, delete {folder}")
-    return {}
+    return None, None, []
 
 
 def stop_if_asked(state, save_now):
