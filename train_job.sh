@@ -3,7 +3,7 @@
 #   bash train_job.sh                                          the four contestants on digits, one after the other
 #   bash train_job.sh -p model vit -p dataset fashion-mnist    one model
 #   NPROC=2 bash train_job.sh …                                two processes on this machine
-#   sbatch [--gpus-per-node=8] [--nodes=4] train_job.sh …      one GPU, a node, several nodes
+#   sbatch [--gpus-per-node=8 --cpus-per-task=64] [--nodes=4] train_job.sh …      one GPU, a node, several nodes
 #   sbatch --array=0-4 train_job.sh -p model vit …             a seed a task
 # The same command again goes on with a run that was stopped.  Preempted or out of time, a job saves and requeues itself.
 # VIT_SETUP: a file to source first (modules, conda); without it, .venv beside this script is used.  VIT_HOME: where data/,
@@ -86,6 +86,7 @@ node() {
     (   trap "" USR1 TERM INT
         [ "$NODES" = 1 ] && [ "$NPROC" = 1 ] && rank "$@"
         cores=$(nproc)
+        [ "$cores" -ge "$NPROC" ] || echo "train_job: $NPROC processes share $cores cores; ask for more (sbatch --cpus-per-task=…)"
         export OMP_NUM_THREADS=$((cores / NPROC > 0 ? cores / NPROC : 1))
         exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$NPROC" --master-addr="$HEAD" \
             --master-port="$PORT" --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
