@@ -715,9 +715,7 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state.update(resume(folder, model, optimizer, average, settings))
-    compiles = settings["compile"] and can_compile(model, data, settings)
-    network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    network = torch.compile(network) if compiles else network
+    network = parallel_and_compiled(model, data, settings)
     log(writer, state["history"])
     save_now = lambda: folder and save_last(folder, model, optimizer, average, state, settings)
     judged = average.module if average else model
@@ -733,6 +731,13 @@ def train_and_validation_loop(model, data, settings, epochs, device, writer=None
             if on_epoch:
                 on_epoch(state["history"], epochs)
     return state["history"]
+
+
+def parallel_and_compiled(model, data, settings):
+    """What the steps go through: the model itself, DistributedDataParallel of it if there are other ranks, compiled if that is wanted and works."""
+    compiles = settings["compile"] and can_compile(model, data, settings)
+    network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    return torch.compile(network) if compiles else network
 
 
 @contextlib.contextmanager

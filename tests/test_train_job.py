@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import vit_helpers
 from jobs import SCRIPT, SMALL, train_job, untimed
+from PIL import Image
 
 RANKS = [(1, 0), (2, 0), (4, 4)]        # how many, and of how many pictures the micro batches are (0: all at once)
 
@@ -128,3 +129,20 @@ def test_two_ranks_train_a_whole_run():
     run = vit_helpers.read_run(vit_helpers.RUNS / "two-ranks")
     assert run["config"]["ranks"] == 2 and run["results"]["epochs"] == 1
     assert shown.stdout.count("epoch   1/1") == 1
+
+
+def test_the_headline_plan_is_trained_once_and_its_checkpoint_tested_again(tmp_path, capfd):
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "pets" / place).mkdir(parents=True)
+        for number in range(12):
+            Image.fromarray(np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "pets" / place / f"{number}.png")
+    headline = vit_helpers.load_notebook("08_headline")
+    for todo in (1, 0):
+        headline.run_headline(str(tmp_path / "pets"), passes=1, kind="cpu")
+        assert f"pets-cpu: {todo} of 1 runs to do, 1 passes each, at most" in capfd.readouterr().out
+    headline.retest(["headline-1-passes/*"])
+    assert "headline-1-passes/pets-cpu-seed0: 50.00% again, 50.00% reported" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="only is 'best'.* Allowed: pets-cpu"):
+        headline.run_headline(str(tmp_path / "pets"), only="best", kind="cpu")
+    with pytest.raises(SystemExit, match="failed: headline-1-passes/nowhere-cpu-seed0; the end of each log says why"):
+        headline.run_headline(str(tmp_path / "nowhere"), passes=1, kind="cpu")
