@@ -214,7 +214,7 @@ def check_settings(settings):
         for name in names.split():
             if not fits(settings[name]):
                 raise ValueError(f"{name} is {settings[name]}; it must be {rule}")
-    one_of("precision", settings["precision"], ("", "fp32", "bf16"))
+    one_of("precision", settings["precision"] or "fp32", ("fp32", "bf16"))
     one_of("pool", settings["pool"], ("cls", "mean"))
     for part in settings["augment"].split(","):
         one_of("augment", part, load_notebook("05_augmentation").KINDS)
@@ -1031,6 +1031,14 @@ def write_json(path, content):
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def read_json(path):
+    """The content of a JSON file; ValueError names a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
+
+
 TAGS = {"loss/train": "train_loss", "loss/val": "val_loss", "accuracy/train": "train_accuracy", "accuracy/val": "val_accuracy",
         "lr": "lr", "images_per_second": "images_per_second"}
 
@@ -1084,8 +1092,8 @@ def read_run(folder):
     if not (folder / "config.json").exists():
         raise ValueError("it has no config.json, so it is no run" if any(folder.iterdir()) else "it is empty")
     name = str(folder.relative_to(RUNS if folder.is_relative_to(RUNS) else ROOT / "runs"))
-    results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else None
-    config = {**ADDED, **json.loads((folder / "config.json").read_text())}
+    results = read_json(folder / "results.json") if (folder / "results.json").exists() else None
+    config = {**ADDED, **read_json(folder / "config.json")}
     return {"run": name, "folder": folder, "config": config, "history": read_history(name), "results": results}
 
 

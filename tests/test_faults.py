@@ -156,7 +156,7 @@ FAULTS = {
     "too little memory": (no_memory, MemoryError, "out of memory with 1024 pictures at a time.*-p micro_batch_size 512, which gives the same model"),
     "a TensorBoard log without epochs": (lambda p: published(p, lambda run: [cut(path, 0.02) for path in run.glob("events*")]), ValueError, "holds no epochs"),
     "a run folder without config.json": (lambda p: published(p, lambda run: (run / "config.json").unlink()), ValueError, "it has no config.json, so it is no run"),
-    "a config.json cut off": (lambda p: published(p, lambda run: cut(run / "config.json")), ValueError, "(Unterminated|Expecting|Invalid)"),
+    "a config.json cut off": (lambda p: published(p, lambda run: cut(run / "config.json")), ValueError, "config.json is damaged .(Unterminated|Expecting|Invalid)"),
     "an exported cell that does not compile": (broken_notebook, SyntaxError, "05_mine.ipynb, cell 1"),
     "a notebook that there is not": (lambda p: vit_helpers.load_notebook("09_none"), FileNotFoundError, "no notebook .*09_none.ipynb; there are"),
     "a text file named .png, to classify": (lambda p: (p / "a.png").write_text("hello") and predict(p / "a.png"), ValueError, "a.png cannot be read as a picture"),
