@@ -18,6 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
+{                                       # read to its end before anything runs: an update of the file does not reach a running job
 say() { echo "$(date +%T) train_job: $*"; }
 
 # As a batch job, this is a copy in SLURM's spool folder; the job's record knows where the original is.
@@ -129,3 +130,4 @@ else
 fi
 rm -rf "$VIT_JOB"
 exit "$code"
+}

@@ -17,7 +17,7 @@ def comparison():
 
 def test_figures_are_drawn_without_data_and_the_readme_stays_as_it_is(tmp_path):
     shutil.copy(README, tmp_path)
-    for name in ("03_comparison.ipynb", "06_questions.ipynb", "07_throughput.ipynb"):
+    for name in ("03_comparison.ipynb", "06_questions.ipynb", "07_throughput.ipynb", "08_headline.ipynb"):
         command = [sys.executable, "-m", "papermill", vit_helpers.ROOT / "notebooks" / name, tmp_path / name, "-k", "python3", "--no-progress-bar",
                    "--cwd", vit_helpers.ROOT / "notebooks", "-r", "output", tmp_path]
         subprocess.run(command, check=True, capture_output=True)
