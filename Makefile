@@ -22,7 +22,7 @@ train: setup    ## train the four contestants on digits (a few minutes on two co
 	bash train_job.sh
 
 test: setup     ## all tests, the notebooks among them
-	pytest -q -rs -n 3 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
+	pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
 
 figures: setup  ## draw every picture in img/ and fill the README's tables from runs/published/
 	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r output .

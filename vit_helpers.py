@@ -41,12 +41,23 @@ NOTEBOOKS, IMG = ROOT / "notebooks", ROOT / "img"
 
 # ---------------------------------------------------------------- notebooks as modules
 
+def notebook_cells(path):
+    """The cells of a notebook file; waits up to two seconds where JupyterLab is just saving it."""
+    for attempt in range(20):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["cells"]
+        except ValueError:
+            if attempt == 19:
+                raise
+            time.sleep(0.1)
+
+
 def exported_cells(name):
     """The code cells of notebooks/<name>.ipynb that begin with `#| export`, as (cell number, source) pairs."""
     path = NOTEBOOKS / f"{name}.ipynb"
     if not path.exists():
         raise FileNotFoundError(f"no notebook {path}; there are {sorted(p.stem for p in NOTEBOOKS.glob('*.ipynb'))}")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = notebook_cells(path)
     sources = [(number, "".join(cell["source"])) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
     return [(number, source) for number, source in sources if source.startswith("#| export")]
 
@@ -124,7 +135,7 @@ def left_open(name, value):
 
 def default_parameters(notebook="02_training"):
     """The names and values of the cell tagged `parameters`: the one place where they are written."""
-    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = notebook_cells(NOTEBOOKS / f"{notebook}.ipynb")
     source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
