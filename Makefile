@@ -49,7 +49,7 @@ published: setup   ## train the published runs where they are missing (over an h
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p patch_size 4 -p epochs 16
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
 	bash train_job.sh -r run published/more/fashion-mnist-modern-seed0-vit -p dataset fashion-mnist -p model vit -p recipe modern -p epochs 60
-	test ! -d data/cifar10-jpeg || $(MAKE) headline DATASET=data/cifar10-jpeg FOLDER=published/headline
+	test ! -d data/cifar10-jpeg || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)

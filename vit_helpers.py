@@ -1206,7 +1206,7 @@ def show_predictions(run):
 
     A title says what the model sees and how sure it is; where that is wrong it is red and says what the picture is.
     """
-    folder, classes = run_folder(run), json.loads((run_folder(run) / "config.json").read_text())["classes"]
+    folder, classes = run_folder(run), read_json(run_folder(run) / "config.json")["classes"]
     with np.load(folder / "predictions.npz") as stored:
         pictures, places, labels, logits = (stored[name] for name in ("pictures", "places", "labels", "logits"))
     sureness, guesses = torch.from_numpy(logits[places]).float().softmax(1).max(1)
