@@ -285,6 +285,13 @@ def model_settings(settings):
     return "TowerViT", {**shared, "dim": dims[0] if settings["model"] == "towervit" else dims[-1], "depth": len(dims)}
 
 
+def configure(settings, in_channels, num_classes):
+    """The settings and what they come to with such data: class and arguments of the model, as `build_model` takes them."""
+    config = {**settings, "in_channels": in_channels, "num_classes": num_classes}
+    config["class"], config["model_settings"] = model_settings(config)
+    return config
+
+
 def build_model(config):
     """A freshly initialised model from `config["class"]` and `config["model_settings"]`; seeded by `config["seed"]`."""
     torch.manual_seed(config["seed"])

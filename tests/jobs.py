@@ -22,7 +22,5 @@ def untimed(run):
 
 def small_config(**changes):
     """The full settings of a small run on digits, as notebook 2 makes them."""
-    config = {**vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, **changes}), "in_channels": 1, "num_classes": 10,
-              "precision": "fp32"}
-    config["class"], config["model_settings"] = vit_helpers.model_settings(config)
-    return config
+    settings = vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, **changes})
+    return {**vit_helpers.configure(settings, in_channels=1, num_classes=10), "precision": "fp32"}

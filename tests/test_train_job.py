@@ -1,5 +1,6 @@
 """train_job.sh and the training notebook as a user runs them, without SLURM; several ranks by torchrun."""
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -131,18 +132,36 @@ def test_two_ranks_train_a_whole_run():
     assert shown.stdout.count("epoch   1/1") == 1
 
 
+def test_ranks_that_see_different_checkpoints_all_stop(tmp_path, settings, train):
+    """As on nodes whose disk is not shared: rank 0 finds a checkpoint, rank 1 does not.  Nobody waits for the other."""
+    train(settings(epochs=1), tmp_path / "0")
+    code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import vit_helpers, jobs; device = vit_helpers.start_processes('cpu'); c = jobs.small_config(epochs=3); "
+            "vit_helpers.train_and_validation_loop(vit_helpers.build_model(c), vit_helpers.load_data('digits'), c, 3, device, folder=pathlib.Path(sys.argv[3], str(vit_helpers.ranks()[0])))")
+    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", code,
+                            vit_helpers.ROOT, vit_helpers.ROOT / "tests", tmp_path], capture_output=True, text=True, timeout=120)
+    assert shown.returncode != 0 and "the ranks read different checkpoints from" in shown.stderr and "disk that all nodes share?" in shown.stderr
+
+
 def test_the_headline_plan_is_trained_once_and_its_checkpoint_tested_again(tmp_path, capfd):
-    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        (tmp_path / "pets" / place).mkdir(parents=True)
-        for number in range(12):
-            Image.fromarray(np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "pets" / place / f"{number}.png")
-    headline = vit_helpers.load_notebook("08_headline")
+    for part, label, number in itertools.product(("train", "test"), ("dark", "light"), range(12)):
+        path = tmp_path / "greys" / part / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (10 * number,) * 3 if label == "dark" else (255 - 10 * number,) * 3).save(path)
+    headline, results = vit_helpers.load_notebook("08_headline"), vit_helpers.RUNS / "headline-1-passes" / "greys-cpu-seed0" / "results.json"
     for todo in (1, 0):
-        headline.run_headline(str(tmp_path / "pets"), passes=1, kind="cpu")
-        assert f"pets-cpu: {todo} of 1 runs to do, 1 passes each, at most" in capfd.readouterr().out
+        headline.run_headline(str(tmp_path / "greys"), passes=1, kind="cpu")
+        assert f"greys-cpu: {todo} of 1 runs to do, 1 passes each, at most" in capfd.readouterr().out
     headline.retest(["headline-1-passes/*"])
-    assert "headline-1-passes/pets-cpu-seed0: 50.00% again, 50.00% reported" in capfd.readouterr().out
-    with pytest.raises(ValueError, match="only is 'best'.* Allowed: pets-cpu"):
-        headline.run_headline(str(tmp_path / "pets"), only="best", kind="cpu")
+    reported = vit_helpers.read_json(results)
+    assert f"{100 * reported['test_accuracy']:.2f}% again, {100 * reported['test_accuracy']:.2f}% reported" in capfd.readouterr().out
+    vit_helpers.write_json(results, {**reported, "test_accuracy": reported["test_accuracy"] - 0.1})
+    with pytest.raises(SystemExit, match="not what was reported: headline-1-passes/greys-cpu-seed0"):
+        headline.retest(["headline-1-passes/*"])
+
+
+def test_the_headline_names_what_it_does_not_know_and_what_failed(tmp_path):
+    headline = vit_helpers.load_notebook("08_headline")
+    with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu"):
+        headline.run_headline("greys", only="best", kind="cpu")
     with pytest.raises(SystemExit, match="failed: headline-1-passes/nowhere-cpu-seed0; the end of each log says why"):
         headline.run_headline(str(tmp_path / "nowhere"), passes=1, kind="cpu")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -42,6 +43,17 @@ except ValueError:
 
 
 # ---- data
+
+def test_a_notebook_that_is_just_being_saved_is_read_when_it_is_whole(tmp_path):
+    whole = (vit_helpers.NOTEBOOKS / "01_models.ipynb").read_text()
+    path = tmp_path / "a.ipynb"
+    path.write_text(whole[:1000])
+    threading.Timer(0.3, path.write_text, [whole]).start()
+    assert vit_helpers.notebook_cells(path) == json.loads(whole)["cells"]
+    path.write_text(whole[:1000])
+    with pytest.raises(ValueError):
+        vit_helpers.notebook_cells(path)
+
 
 def test_splits_are_apart_seeded_and_stratified(digits):
     again, other = vit_helpers.load_data("digits"), vit_helpers.load_data("digits", seed=1)
