@@ -74,6 +74,21 @@ def test_intermediates_are_what_hooks_see(models, pool):
     assert torch.allclose(model(images), logits, atol=1e-6) and torch.allclose(model.head(seen["features"]), logits)
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_leaving_out_what_nobody_reads_changes_neither_logits_nor_gradients(models, pool):
+    """With a class token the last block is computed for it alone; to give out intermediates it is computed whole."""
+    model = models.ViT(8, 2, 1, 10, dims=(16, 32, 48), head_dim=16, pool=pool).double()
+    images, widths, outcomes = torch.randn(8, 1, 8, 8, dtype=torch.float64), [], []
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    for forward in (model, lambda images: model(images, return_intermediates=True)[0]):
+        model.zero_grad()
+        logits = forward(images)
+        logits.square().sum().backward()
+        outcomes.append([logits, *(parameter.grad for parameter in model.parameters())])
+    assert widths == ([1, 17] if pool == "cls" else [16, 16])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*outcomes))
+
+
 @pytest.mark.parametrize("wrong, said", [
     (dict(image_size=30), "30 is not divisible by patch_size 4"), (dict(dims=(64, 100)), "nearest width that is: 96"),
     (dict(dims=()), "dims is empty"), (dict(pool="max"), "'cls' .*'mean'"), (dict(dims=(64, 0)), r"dims\[1\] is 0"),
