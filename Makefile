@@ -39,17 +39,20 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 runs: setup     ## list the runs that are here
 	@python -c "import vit_helpers; vit_helpers.print_runs()"
 
+# train_missing <name> <model> [options]: a published run, unless it is done (by whatever version of the code it was)
+TRAIN_MISSING = train_missing() { test -e "runs/published/$$1/results.json" || bash train_job.sh -r run "published/$$1" -p model "$$2" "$${@:3}"; }
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
-	for seed in 0 1 2; do bash train_job.sh -r run published/digits-seed$$seed -p seed $$seed || exit; done
-	for seed in 0 1 2; do bash train_job.sh -r run published/fashion-mnist-seed$$seed-vit -p seed $$seed -p dataset fashion-mnist -p model vit || exit; done
-	for model in towervit towervit-wide towervit-matched; do \
-	    bash train_job.sh -r run published/fashion-mnist-seed0-$$model -p dataset fashion-mnist -p model $$model || exit; done
-	bash train_job.sh -r run published/more/fashion-mnist-adamw-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw
-	bash train_job.sh -r run published/more/fashion-mnist-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p patch_size 4 -p epochs 15
-	bash train_job.sh -r run published/more/fashion-mnist-adamw-patch4-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p patch_size 4 -p epochs 16
-	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
-	bash train_job.sh -r run published/more/fashion-mnist-modern-seed0-vit -p dataset fashion-mnist -p model vit -p recipe modern -p epochs 60
-	test ! -d data/cifar10-jpeg || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
+	$(TRAIN_MISSING); for seed in 0 1 2; do for model in vit towervit towervit-wide towervit-matched; do \
+	    train_missing digits-seed$$seed-$$model $$model -p seed $$seed || exit; done; done
+	$(TRAIN_MISSING); for seed in 0 1 2; do train_missing fashion-mnist-seed$$seed-vit vit -p seed $$seed -p dataset fashion-mnist || exit; done
+	$(TRAIN_MISSING); for model in towervit towervit-wide towervit-matched; do \
+	    train_missing fashion-mnist-seed0-$$model $$model -p dataset fashion-mnist || exit; done
+	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-seed0-vit vit -p dataset fashion-mnist -p recipe adamw
+	$(TRAIN_MISSING); train_missing more/fashion-mnist-patch4-seed0-vit vit -p dataset fashion-mnist -p patch_size 4 -p epochs 15
+	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-patch4-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p patch_size 4 -p epochs 16
+	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-droppath-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p drop_path 0.1 -p epochs 30
+	$(TRAIN_MISSING); train_missing more/fashion-mnist-modern-seed0-vit vit -p dataset fashion-mnist -p recipe modern -p epochs 60
+	test ! -d data/cifar10-jpeg || test -d runs/published/headline || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
 	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
