@@ -37,7 +37,7 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
-	@python -c "import vit_helpers; vit_helpers.print_runs()"
+	@python -c "import vit_helpers; vit_helpers.load_notebook('03_comparison').print_runs()"
 
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
 	for seed in 0 1 2; do bash train_job.sh -r run published/digits-seed$$seed -p seed $$seed || exit; done
@@ -50,7 +50,7 @@ published: setup   ## train the published runs where they are missing (over an h
 	bash train_job.sh -r run published/more/fashion-mnist-adamw-droppath-seed0-vit -p dataset fashion-mnist -p model vit -p recipe adamw -p drop_path 0.1 -p epochs 30
 	bash train_job.sh -r run published/more/fashion-mnist-modern-seed0-vit -p dataset fashion-mnist -p model vit -p recipe modern -p epochs 60
 	test ! -d data/cifar10-jpeg || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
-	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
+	python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
 	@python -c "import vit_helpers; vit_helpers.load_notebook('06_questions').run_study('$(SUMMARY)')"
