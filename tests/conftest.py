@@ -55,9 +55,11 @@ def train(digits):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole():
-    """What `bash train_job.sh` printed for the run "whole", undisturbed: the reference of all disturbed ones."""
+    """What `bash train_job.sh` printed for the run "whole", undisturbed, on as many threads as the module's disturbed ones: their reference."""
+    shutil.rmtree(vit_helpers.RUNS / "whole", ignore_errors=True)
+    shutil.rmtree(vit_helpers.SAVED_MODELS / "whole", ignore_errors=True)
     shown = train_job(*SMALL, "-r", "run", "whole")
     assert shown.returncode == 0, shown.stdout + shown.stderr
     return shown
