@@ -37,7 +37,7 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
-	@python -c "import vit_helpers; vit_helpers.print_runs()"
+	@python -c "import vit_helpers; vit_helpers.load_notebook('03_comparison').print_runs()"
 
 # train_missing <name> <model> [options]: a published run, unless it is done (by whatever version of the code it was)
 TRAIN_MISSING = train_missing() { test -e "runs/published/$$1/results.json" || bash train_job.sh -r run "published/$$1" -p model "$$2" "$${@:3}"; }
@@ -53,7 +53,7 @@ published: setup   ## train the published runs where they are missing (over an h
 	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-droppath-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p drop_path 0.1 -p epochs 30
 	$(TRAIN_MISSING); train_missing more/fashion-mnist-modern-seed0-vit vit -p dataset fashion-mnist -p recipe modern -p epochs 60
 	test ! -d data/cifar10-jpeg || test -d runs/published/headline || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
-	python -c "import vit_helpers; vit_helpers.publish_checkpoints()"
+	python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').publish_checkpoints()"
 
 study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
 	@python -c "import vit_helpers; vit_helpers.load_notebook('06_questions').run_study('$(SUMMARY)')"

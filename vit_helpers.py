@@ -1,13 +1,13 @@
 """The helper module of the notebook suite: what more than one notebook needs, and nothing else.
 
 Read it top to bottom: notebooks as modules · presets and recipes · data · training · checkpoints · run folders ·
-trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`, augmentation in `05_augmentation.ipynb`.
+trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`, augmentation in `05_augmentation.ipynb`, folders of pictures
+in `09_pictures.ipynb`.
 """
 import ast
 import bisect
 import contextlib
 import difflib
-import gc
 import gzip
 import hashlib
 import io
@@ -20,7 +20,6 @@ import sys
 import time
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -317,7 +316,6 @@ def count_flops(model, image_shape):
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")    # from the package dataset-fashion-mnist
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 IN_MEMORY = 4 * 2**30       # bytes of pictures that are kept as one tensor on the device; more than that is read as needed
 
 
@@ -430,6 +428,7 @@ def load_data(dataset="digits", image_size=0, seed=0, val_fraction=0.1, device="
     Raises ValueError or FileNotFoundError, saying what is wrong and what to do.
     """
     if is_path(dataset):
+        load_folder = load_notebook("09_pictures").load_folder
         train, val, test, classes, notes = load_folder(typed_path(dataset), image_size or PRESETS["folder"]["image_size"], channels)
     else:
         train, test, classes = load_named(dataset)
@@ -524,76 +523,6 @@ def load_torchvision(dataset):
     return *parts, getattr(part, "classes", [str(i) for i in range(10)])
 
 
-def load_folder(folder, image_size, channels=0):
-    """(train, val, test, class names, notes) of a folder of images; each part is (pictures or Files, labels) or None."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; a data set is a folder of images or one of {', '.join(TORCHVISION)}, digits")
-    parts = {name: folder / name for name in ("train", "val", "test")
-             if (folder / name).is_dir() and any(path.is_dir() for path in (folder / name).iterdir())}
-    if parts and "train" not in parts:
-        raise ValueError(f"{folder} has {', '.join(parts)} but no train/; put the training images in {folder}/train/<class>/")
-    found = {name: list_images(path) for name, path in (parts or {"train": folder}).items()}
-    classes = sorted(found["train"][0])
-    for name, (images, _) in found.items():
-        if set(images) != set(classes):
-            raise ValueError(f"the classes in {name}/ differ from those in train/: {sorted(set(images) ^ set(classes))} are in one only")
-    channels = channels or guess_channels([path for paths in found["train"][0].values() for path in paths])
-    notes, loaded = [], {}
-    for name, (images, passed_over) in found.items():
-        paths = [path for label in classes for path in images[label]]
-        labels = torch.tensor([number for number, label in enumerate(classes) for _ in images[label]])
-        loaded[name], unreadable = read_part(paths, labels, channels, image_size)
-        if passed_over or unreadable:
-            notes.append(f"{name}: {len(passed_over) + len(unreadable)} files passed over as no readable images, "
-                         f"the first: {(passed_over + unreadable)[0].relative_to(folder)}")
-    return loaded["train"], loaded.get("val"), loaded.get("test"), classes, notes
-
-
-def list_images(folder):
-    """{class: sorted image paths} of <folder>/<class>/…, and the files that are no images by their ending."""
-    images, passed_over = {}, []
-    for label in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(path for path in label.rglob("*") if path.is_file())
-        images[label.name] = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
-        passed_over += [path for path in files if path.suffix.lower() not in IMAGE_ENDINGS]
-    if len(images) < 2 or not all(images.values()):
-        empty = [label for label, paths in images.items() if not paths]
-        raise ValueError(f"{folder} should hold a folder of images for each of at least 2 classes; it has {len(images)} folders"
-                         + (f", of which {', '.join(empty)} hold no images" if empty else ""))
-    return images, passed_over
-
-
-def guess_channels(paths):
-    """1 if a hundred pictures spread over `paths` are all grey, else 3."""
-    for path in paths[::max(1, len(paths) // 100)]:
-        with contextlib.suppress(OSError), Image.open(path) as image:
-            if image.mode not in ("1", "L", "LA", "I", "I;16", "F"):
-                return 3
-    return 1
-
-
-def read_part(paths, labels, channels, size):
-    """((pictures, labels), unreadable paths): one tensor if it is at most IN_MEMORY bytes, else Files that are read later."""
-    in_memory = len(paths) * channels * size * size <= IN_MEMORY
-
-    def attempt(path):
-        with contextlib.suppress(OSError, ValueError):
-            if in_memory:
-                return read_picture(path, channels, size)
-            with Image.open(path):                              # its header at least
-                return path
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pictures = list(pool.map(attempt, paths))
-    good = [i for i, picture in enumerate(pictures) if picture is not None]
-    lost = set(labels.tolist()) - set(labels[good].tolist())
-    if lost:
-        raise ValueError(f"no image of its class could be read; the first is {paths[labels.tolist().index(min(lost))]}")
-    kept = [pictures[i] for i in good]
-    unreadable = [path for path, picture in zip(paths, pictures) if picture is None]
-    return (torch.stack(kept) if in_memory else Files(kept, channels, size), labels[good]), unreadable
-
-
 def read_picture(source, channels, size):
     """A path, a PIL image or an array of any mode and size -> uint8 tensor (channels, size, size).
 
@@ -642,25 +571,6 @@ def pick_device(name=""):
         raise ValueError(f"device is {name!r}, which this machine cannot use ({str(error).splitlines()[0]}); "
                          "leave it empty to let the suite choose, or say cpu") from error
     return device
-
-
-def start_processes(device=""):
-    """Set threads and, under torchrun, join the other ranks (NCCL on GPUs, gloo on CPUs).  Returns this rank's device."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    device = pick_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def end_processes():
-    """Leave the group of ranks, once all have trained: what rank 0 still has to do, nobody waits for."""
-    gc.collect()            # threads of a group that is still alive when the interpreter ends may abort it ("terminate called …")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def ranks():
@@ -1115,16 +1025,6 @@ def read_run(folder):
     return {"run": name, "folder": folder, "config": config, "history": read_history(name), "results": results}
 
 
-def print_runs(names=("**",)):
-    """A line for each run: what `make runs` prints."""
-    print(f"{'run':44s} {'data':14s} {'model':17s} {'recipe':7s} {'epochs':>8s} {'val loss':>9s} {'test':>7s}")
-    for run in read_runs(names):
-        config, history, results = run["config"], run["history"], run["results"]
-        test = f"{100 * results['test_accuracy']:.2f}%" if results else "-"
-        print(f"{run['run']:44s} {Path(config['dataset']).name:14s} {config['model']:17s} {config['recipe']:7s} "
-              f"{history['epoch'][-1]:>4d}/{config['epochs']:<3d} {min(history['loss/val']):9.4f} {test:>7s}")
-
-
 # ---------------------------------------------------------------- trained models
 
 def load_model(run, device="cpu"):
@@ -1139,13 +1039,6 @@ def load_model(run, device="cpu"):
     fill(model, {name: value.float() for name, value in content["model"].items()}, bases[0] / run / "best.pt")
     model.config = content["config"]
     return model.to(device).eval()
-
-
-def publish_checkpoints():
-    """Halve the precision of the published runs' best models, in place: small enough for git, and `load_model` reads them."""
-    for path in (SAVED_MODELS / "published").rglob("best.pt"):
-        content = load_checkpoint(path)
-        save(path, {**content, "model": {name: value.half() for name, value in content["model"].items()}})
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers when it is imported, here and in kernels
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # two trainings at once on two cores: waiting threads must not spin
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):        # a core for each worker and what it starts: one thread each
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 
@@ -52,9 +55,11 @@ def train(digits):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole():
-    """What `bash train_job.sh` printed for the run "whole", undisturbed: the reference of all disturbed ones."""
+    """What `bash train_job.sh` printed for the run "whole", undisturbed, on as many threads as the module's disturbed ones: their reference."""
+    shutil.rmtree(vit_helpers.RUNS / "whole", ignore_errors=True)
+    shutil.rmtree(vit_helpers.SAVED_MODELS / "whole", ignore_errors=True)
     shown = train_job(*SMALL, "-r", "run", "whole")
     assert shown.returncode == 0, shown.stdout + shown.stderr
     return shown

@@ -15,7 +15,7 @@ from jobs import small_config
 training = vit_helpers.load_notebook("02_training")
 process, seen = psutil.Process(), []
 config = small_config(epochs=300, run="long")
-device = vit_helpers.start_processes("cpu")
+device = training.start_processes("cpu")
 data = vit_helpers.load_data("digits")
 folder, writer, _ = training.open_run(config)
 vit_helpers.train_and_validation_loop(vit_helpers.build_model(config), data, config, 300, device, writer, folder,

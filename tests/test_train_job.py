@@ -135,7 +135,7 @@ def test_two_ranks_train_a_whole_run():
 def test_ranks_that_see_different_checkpoints_all_stop(tmp_path, settings, train):
     """As on nodes whose disk is not shared: rank 0 finds a checkpoint, rank 1 does not.  Nobody waits for the other."""
     train(settings(epochs=1), tmp_path / "0")
-    code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import vit_helpers, jobs; device = vit_helpers.start_processes('cpu'); c = jobs.small_config(epochs=3); "
+    code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import vit_helpers, jobs; device = vit_helpers.load_notebook('02_training').start_processes('cpu'); c = jobs.small_config(epochs=3); "
             "vit_helpers.train_and_validation_loop(vit_helpers.build_model(c), vit_helpers.load_data('digits'), c, 3, device, folder=pathlib.Path(sys.argv[3], str(vit_helpers.ranks()[0])))")
     shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", code,
                             vit_helpers.ROOT, vit_helpers.ROOT / "tests", tmp_path], capture_output=True, text=True, timeout=120)

@@ -27,9 +27,10 @@ def train(micro_batch_size):
     return {"losses": losses, "validation": vit_helpers.evaluate(model, data, data.val, settings)}
 
 
-vit_helpers.start_processes("cpu")
+training = vit_helpers.load_notebook("02_training")
+training.start_processes("cpu")
 result = train(int(sys.argv[2]))
-vit_helpers.end_processes()
+training.end_processes()
 result["threads"] = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 if vit_helpers.ranks()[0] == 0:
     Path(sys.argv[1]).write_text(json.dumps(result))
