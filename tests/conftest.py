@@ -11,9 +11,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers when it is imported, here and in kernels
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # two trainings at once on two cores: waiting threads must not spin
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):        # a core for each worker and what it starts: one thread each
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 
