@@ -37,7 +37,7 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
-	@python -c "import vit_helpers; vit_helpers.load_notebook('03_comparison').print_runs()"
+	@python -c "import vit_helpers; vit_helpers.print_runs()"
 
 # train_missing <name> <model> [options]: a published run, unless it is done (by whatever version of the code it was)
 TRAIN_MISSING = train_missing() { test -e "runs/published/$$1/results.json" || bash train_job.sh -r run "published/$$1" -p model "$$2" "$${@:3}"; }

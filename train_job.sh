@@ -118,7 +118,7 @@ done
 
 state=$([ -n "$job" ] && scontrol -o show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
 if [ "$code" = 0 ]; then
-    echo; cd "$ROOT" && python -c 'import sys, vit_helpers; vit_helpers.load_notebook("03_comparison").print_runs(sys.argv[1:])' "${finished[@]}"
+    echo; cd "$ROOT" && python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
     echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`), the models with the lowest validation loss in $VIT_HOME/saved_models."
 elif [ ! -e "$VIT_JOB/stop" ]; then
     say "failed with code $code; the error is above${run:+, the executed notebook in runs/$run}"

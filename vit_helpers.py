@@ -1015,6 +1015,16 @@ def read_runs(names=("**",), finished=False):
     return runs
 
 
+def print_runs(names=("**",)):
+    """A line for each run: what `make runs` prints."""
+    print(f"{'run':44s} {'data':14s} {'model':17s} {'recipe':7s} {'epochs':>8s} {'val loss':>9s} {'test':>7s}")
+    for run in read_runs(names):
+        config, history, results = run["config"], run["history"], run["results"]
+        test = f"{100 * results['test_accuracy']:.2f}%" if results else "-"
+        print(f"{run['run']:44s} {Path(config['dataset']).name:14s} {config['model']:17s} {config['recipe']:7s} "
+              f"{history['epoch'][-1]:>4d}/{config['epochs']:<3d} {min(history['loss/val']):9.4f} {test:>7s}")
+
+
 def read_run(folder):
     """One run folder as a dict with run, config, history, results; ValueError if there is no run in it."""
     if not (folder / "config.json").exists():

@@ -13,7 +13,7 @@ from jobs import SCRIPT, SMALL, untimed
 HERE = Path(__file__).parent
 missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
 pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root")
-EPOCHS = 80             # some 35 seconds: SLURM looks every 30 whether a time limit has passed
+EPOCHS = 50             # some 30 seconds with the start of it all: within 30 SLURM has warned `timed`
 TWO = ["--gpus-per-node=2", "--nodes=1"]
 
 
