@@ -25,15 +25,15 @@ test: setup     ## all tests, the notebooks among them
 	pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
 
 figures: setup  ## draw every picture in img/ and fill the README's tables from runs/published/
-	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/04_inside.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/06_questions.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/07_throughput.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/08_headline.ipynb runs/.figures.ipynb -r output .
+	@mkdir -p runs && $(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/08_inside.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/09_questions.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/10_throughput.ipynb runs/.figures.ipynb -r output .
+	@$(PAPERMILL) notebooks/11_results.ipynb runs/.figures.ipynb -r output .
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
-	@mkdir -p runs && $(PAPERMILL) notebooks/03_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
+	@mkdir -p runs && $(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
@@ -53,20 +53,20 @@ published: setup   ## train the published runs where they are missing (over an h
 	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-droppath-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p drop_path 0.1 -p epochs 30
 	$(TRAIN_MISSING); train_missing more/fashion-mnist-modern-seed0-vit vit -p dataset fashion-mnist -p recipe modern -p epochs 60
 	test ! -d data/cifar10-jpeg || test -d runs/published/headline || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
-	python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').publish_checkpoints()"
+	python -c "import vit_helpers; vit_helpers.load_notebook('11_results').publish_checkpoints()"
 
-study: setup    ## train what notebook 6 asks for, many small models, where it is missing (over an hour on two cores)
-	@python -c "import vit_helpers; vit_helpers.load_notebook('06_questions').run_study('$(SUMMARY)')"
+study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
+	@python -c "import vit_helpers; vit_helpers.load_notebook('09_questions').run_study('$(SUMMARY)')"
 
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour on two cores): make bench [IMAGES=folder]
 	pip install -q --disable-pip-version-check timm vit-pytorch
-	@python -c "import vit_helpers; vit_helpers.load_notebook('07_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
+	@python -c "import vit_helpers; vit_helpers.load_notebook('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
 
-headline: setup ## train notebook 8's plan for the GPU or CPU at hand: make headline [DATASET=folder] [ONLY="cifar10-best"] [PASSES=1] [KIND=cuda]
-	@python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').run_headline('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(PASSES)' or 0), '$(KIND)', '$(or $(FOLDER),headline)')"
+headline: setup ## train notebook 11's plan for the GPU or CPU at hand: make headline [DATASET=folder] [ONLY="cifar10-best"] [PASSES=1] [KIND=cuda]
+	@python -c "import vit_helpers; vit_helpers.load_notebook('11_results').run_headline('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(PASSES)' or 0), '$(KIND)', '$(or $(FOLDER),headline)')"
 
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
-	@python -c "import vit_helpers; vit_helpers.load_notebook('08_headline').retest('$(or $(RUNS),published/**)'.split())"
+	@python -c "import vit_helpers; vit_helpers.load_notebook('11_results').retest('$(or $(RUNS),published/**)'.split())"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train by papermill, on a laptop, a GPU, a node or a cluster.  Options are papermill's: parameters of notebooks/02_training.ipynb.
+# Train by papermill, on a laptop, a GPU, a node or a cluster.  Options are papermill's: parameters of notebooks/06_run.ipynb.
 #   bash train_job.sh                                          the four contestants on digits, one after the other
 #   bash train_job.sh -p model vit -p dataset fashion-mnist    one model
 #   NPROC=2 bash train_job.sh …                                two processes on this machine
@@ -79,7 +79,7 @@ fi
 # One rank: one papermill, one kernel.  One node: torchrun if there are several ranks.  Signals that reach the shell of a
 # node become the stop file; all below it ignores them (ignored signals stay ignored across exec).
 rank() {
-    exec papermill "$ROOT/notebooks/02_training.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 --cwd "$ROOT/notebooks" \
+    exec papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 --cwd "$ROOT/notebooks" \
         --no-progress-bar --log-level ERROR --stdout-file - --stderr-file - "$@"
 }
 node() {
@@ -110,7 +110,7 @@ for model in $models; do
         node "$@" </dev/null &
     fi
     wait_for $!; code=$?
-    run=$(cat "$VIT_JOB/run" 2>/dev/null) && mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/02_training.ipynb"
+    run=$(cat "$VIT_JOB/run" 2>/dev/null) && mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/06_run.ipynb"
     [ "$code" = 0 ] || break
     finished+=("$(cat "$VIT_JOB"/run "$VIT_JOB"/was-done 2>/dev/null)")
     rm -f "$VIT_JOB"/run "$VIT_JOB"/was-done

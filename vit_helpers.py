@@ -1,8 +1,8 @@
 """The helper module of the notebook suite: what more than one notebook needs, and nothing else.
 
 Read it top to bottom: notebooks as modules · presets and recipes · data · training · checkpoints · run folders ·
-trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`, augmentation in `05_augmentation.ipynb`, folders of pictures
-in `09_pictures.ipynb`.
+trained models · pictures.  The models themselves are in `notebooks/01_models.ipynb`, augmentation in `03_augmentation.ipynb`, folders of pictures
+in `02_data.ipynb`.
 """
 import ast
 import bisect
@@ -132,14 +132,14 @@ def left_open(name, value):
     return value == "" or value == (-1 if name in ZERO_COUNTS else 0)
 
 
-def default_parameters(notebook="02_training"):
+def default_parameters(notebook="06_run"):
     """The names and values of the cell tagged `parameters`: the one place where they are written."""
     cells = notebook_cells(NOTEBOOKS / f"{notebook}.ipynb")
     source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
-def check_parameters(namespace, notebook="02_training"):
+def check_parameters(namespace, notebook="06_run"):
     """The notebook's parameters out of its `globals()`, each checked for its name and type.
 
     Call it after the parameters cell.  ValueError names a parameter that the notebook does not know (papermill only warns
@@ -227,7 +227,7 @@ def check_settings(settings):
     one_of("precision", settings["precision"] or "fp32", ("fp32", "bf16"))
     one_of("pool", settings["pool"], ("cls", "mean"))
     for part in settings["augment"].split(","):
-        one_of("augment", part, load_notebook("05_augmentation").KINDS)
+        one_of("augment", part, load_notebook("03_augmentation").KINDS)
     with torch.device("meta"):                              # the model's own checks, before any data are read
         name, arguments = model_settings({**settings, "in_channels": 1, "num_classes": 2})
         getattr(load_notebook("01_models"), name)(**arguments)
@@ -371,7 +371,7 @@ class Data:
         self.train, self.val, self.test, self.classes, self.notes = train, val, test, list(classes), list(notes)
         self.image_size = image_size                            # what `normalise` brings pictures to; 0: as they are
         self.mean, self.std = channel_statistics(train)         # of the training part alone
-        self.augmentation = load_notebook("05_augmentation")    # as it is now: an edit does not change a training on its way
+        self.augmentation = load_notebook("03_augmentation")    # as it is now: an edit does not change a training on its way
 
     def prepare(self, pictures, labels, settings, draws, share):
         """What a training step learns from: augmented, normalised images and labels or, if images are mixed, shares of classes."""
@@ -428,7 +428,7 @@ def load_data(dataset="digits", image_size=0, seed=0, val_fraction=0.1, device="
     Raises ValueError or FileNotFoundError, saying what is wrong and what to do.
     """
     if is_path(dataset):
-        load_folder = load_notebook("09_pictures").load_folder
+        load_folder = load_notebook("02_data").load_folder
         train, val, test, classes, notes = load_folder(typed_path(dataset), image_size or PRESETS["folder"]["image_size"], channels)
     else:
         train, test, classes = load_named(dataset)

@@ -21,6 +21,6 @@ def untimed(run):
 
 
 def small_config(**changes):
-    """The full settings of a small run on digits, as notebook 2 makes them."""
+    """The full settings of a small run on digits, as notebook 6 makes them."""
     settings = vit_helpers.resolve({**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, **changes})
     return {**vit_helpers.configure(settings, in_channels=1, num_classes=10), "precision": "fp32"}

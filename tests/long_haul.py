@@ -12,7 +12,7 @@ import psutil
 import vit_helpers
 from jobs import small_config
 
-training = vit_helpers.load_notebook("02_training")
+training = vit_helpers.load_notebook("06_run")
 process, seen = psutil.Process(), []
 config = small_config(epochs=300, run="long")
 device = training.start_processes("cpu")

@@ -30,7 +30,7 @@ def suite(tmp_path_factory):
     for name in ("notebooks", "runs/published", "saved_models/published"):
         shutil.copytree(vit_helpers.ROOT / name, copy / name)
     (copy / ".venv").symlink_to(vit_helpers.ROOT / ".venv")
-    path = copy / "notebooks" / "02_training.ipynb"
+    path = copy / "notebooks" / "06_run.ipynb"
     path.write_text(path.read_text().replace('"epochs = 0 ', '"epochs = 4 '))
     return copy
 
@@ -123,7 +123,7 @@ def errors(cells):
     return [output for cell in cells for output in cell.outputs if output.output_type == "error"]
 
 
-@pytest.mark.parametrize("name", ["01_models", "02_training", "03_comparison", "04_inside"])
+@pytest.mark.parametrize("name", ["01_models", "06_run", "07_comparison", "08_inside"])
 def test_run_all_cells(lab, page, suite, name):
     path = suite / "notebooks" / f"{name}.ipynb"
     before = nbformat.read(path, 4)
@@ -136,7 +136,7 @@ def test_run_all_cells(lab, page, suite, name):
     assert not errors(cells)
     print(f"{name}: {len(cells)} cells in {time.monotonic() - started:.0f} s")
     screenshot(page, name)
-    if name == "04_inside":
+    if name == "08_inside":
         slider_moves_the_picture(page)
 
 
@@ -158,7 +158,7 @@ def slider_moves_the_picture(page):
         assert time.monotonic() < deadline, "the picture stayed as it was"
         page.wait_for_timeout(20)
     page.wait_for_timeout(500)
-    screenshot(page, "04_slider")
+    screenshot(page, "08_slider")
 
 
 def test_tensorboard_shows_the_published_scalars(suite, page):

@@ -259,7 +259,7 @@ def test_code_in_files_is_refused_and_not_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="allow_pickle=False"):
         vit_helpers.show_predictions("malicious")
     with pytest.raises(pickle.UnpicklingError):
-        vit_helpers.load_notebook("02_training").torchvision_weights(str(tmp_path / "x.pt"))
+        vit_helpers.load_notebook("06_run").torchvision_weights(str(tmp_path / "x.pt"))
     assert not ran.exists()
     torch.load(tmp_path / "last.pt", weights_only=False)                # the payload does work where somebody lets it
     assert ran.exists()

@@ -12,12 +12,12 @@ README = vit_helpers.ROOT / "README.md"
 
 @pytest.fixture(scope="module")
 def comparison():
-    return vit_helpers.load_notebook("03_comparison")
+    return vit_helpers.load_notebook("07_comparison")
 
 
 def test_figures_are_drawn_without_data_and_the_readme_stays_as_it_is(tmp_path):
     shutil.copy(README, tmp_path)
-    for name in ("03_comparison.ipynb", "06_questions.ipynb", "07_throughput.ipynb", "08_headline.ipynb"):
+    for name in ("07_comparison.ipynb", "09_questions.ipynb", "10_throughput.ipynb", "11_results.ipynb"):
         command = [sys.executable, "-m", "papermill", vit_helpers.ROOT / "notebooks" / name, tmp_path / name, "-k", "python3", "--no-progress-bar",
                    "--cwd", vit_helpers.ROOT / "notebooks", "-r", "output", tmp_path]
         subprocess.run(command, check=True, capture_output=True)
@@ -25,7 +25,7 @@ def test_figures_are_drawn_without_data_and_the_readme_stays_as_it_is(tmp_path):
     shown = set(re.findall(r"\]\(img/([\w.-]+)\)", README.read_text()))
     drawn = {path.name for path in (tmp_path / "img").iterdir()}
     kept = {path.name for path in (vit_helpers.ROOT / "img").iterdir()}
-    assert shown <= kept and len(shown) > 20 and {name for name in shown if "-inside-" not in name} <= drawn     # notebook 4 draws the others
+    assert shown <= kept and len(shown) > 20 and {name for name in shown if "-inside-" not in name} <= drawn     # notebook 8 draws the others
 
 
 def test_swapped_logs_swap_the_verdict(comparison):

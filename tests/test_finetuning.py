@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 @pytest.fixture(scope="module")
 def training():
-    return vit_helpers.load_notebook("02_training")
+    return vit_helpers.load_notebook("06_run")
 
 
 @pytest.fixture(scope="module")

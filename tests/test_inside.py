@@ -1,4 +1,4 @@
-"""04_inside.ipynb: its measures on hand-made cases, and the whole notebook on an RGB mean-pooled TowerViT with long class names."""
+"""08_inside.ipynb: its measures on hand-made cases, and the whole notebook on an RGB mean-pooled TowerViT with long class names."""
 import json
 import math
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def inside():
-    return vit_helpers.load_notebook("04_inside")
+    return vit_helpers.load_notebook("08_inside")
 
 
 @pytest.fixture(params=["cls", "mean"])
@@ -185,13 +185,13 @@ def pooled_run(tmp_path_factory):
         (folder / name).mkdir()
         for i in range(20):
             Image.fromarray(np.clip(draws.normal(color, 40, (20, 26, 3)), 0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
-    execute(vit_helpers.NOTEBOOKS / "02_training.ipynb", dataset=str(folder), model="towervit", pool="mean", image_size=12, patch_size=4, dims="16,24",
+    execute(vit_helpers.NOTEBOOKS / "06_run.ipynb", dataset=str(folder), model="towervit", pool="mean", image_size=12, patch_size=4, dims="16,24",
             head_dim=8, epochs=2, batch_size=16, run="pooled")
     return "pooled"
 
 
 def test_notebook_on_an_rgb_mean_pooled_tower(pooled_run, tmp_path):
-    notebook = nbformat.read(vit_helpers.NOTEBOOKS / "04_inside.ipynb", 4)
+    notebook = nbformat.read(vit_helpers.NOTEBOOKS / "08_inside.ipynb", 4)
     notebook.cells.append(nbformat.v4.new_code_cell(AFTERWARDS))
     nbformat.write(notebook, tmp_path / "04.ipynb")
     done = execute(tmp_path / "04.ipynb", run=pooled_run, compare_with="", output=str(tmp_path / "out"))

@@ -15,7 +15,7 @@ def pair_of_twins(models, image_size, patch_size, dim, depth, heads, ratio, clas
     for parameter in theirs.parameters():       # a fresh torchvision head is zero, and would make all logits equal
         nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.5)
     ours = models.TowerViT(image_size, patch_size, 3, classes, dim=dim, depth=depth, head_dim=dim // heads, mlp_ratio=ratio).eval()
-    vit_helpers.load_notebook("02_training").start_from(ours, theirs.state_dict())
+    vit_helpers.load_notebook("06_run").start_from(ours, theirs.state_dict())
     ours.head.load_state_dict(theirs.heads.head.state_dict())           # it starts from a head of zeros
     return theirs, ours, torch.randn(2, 3, image_size, image_size)
 

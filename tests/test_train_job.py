@@ -23,7 +23,7 @@ def test_a_run_is_a_folder_with_all_that_the_contract_promises(whole):
     folder, saved = vit_helpers.RUNS / "whole", vit_helpers.SAVED_MODELS / "whole"
     config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
     assert {path.name for path in saved.iterdir()} == {"best.pt", "last.pt", "previous.pt", ".lock"}
-    assert (folder / "02_training.ipynb").exists() and not list(vit_helpers.RUNS.glob(".job-*"))
+    assert (folder / "06_run.ipynb").exists() and not list(vit_helpers.RUNS.glob(".job-*"))
     assert set(results) >= {"test_accuracy", "test_loss", "best_epoch", "val_loss", "epochs", "passes", "seconds", "images_per_second", "parameters", "flops"}
     assert set(config) >= {*vit_helpers.default_parameters(), "code_hash", "git_commit", "versions", "threads", "device_name", "classes", "parameters", "flops"}
     assert config["pool"] == "mean" and config["learning_rate"] == vit_helpers.RECIPES["adamw"]["learning_rate"] and config["class"] == "TowerViT"
@@ -89,13 +89,13 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_result(whole, number):
     assert process.returncode == 0, shown
     assert untimed(run) == untimed("whole")
     left = {path.name for folder in (vit_helpers.RUNS, vit_helpers.SAVED_MODELS) for path in (folder / run).iterdir()}
-    assert left == {"best.pt", "last.pt", "previous.pt", ".lock", "config.json", "results.json", "predictions.npz", "02_training.ipynb",
+    assert left == {"best.pt", "last.pt", "previous.pt", ".lock", "config.json", "results.json", "predictions.npz", "06_run.ipynb",
                     *(path.name for path in (vit_helpers.RUNS / run).glob("events.out.tfevents.*"))}
     print(f"run {number}: killed {kills} times, finished with the undisturbed result")
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["-p", "epochz", "3"], "unknown parameter 'epochz', did you mean 'epochs'? The parameters of 02_training are: model, dataset"),
+    (["-p", "epochz", "3"], "unknown parameter 'epochz', did you mean 'epochs'? The parameters of 06_run are: model, dataset"),
     (["-p", "dataset", "./no-such-folder"], "no folder")])
 def test_wrong_parameters_end_it_at_once_and_the_last_line_says_why(arguments, said):
     shown = train_job("-p", "model", "vit", *arguments)
@@ -135,7 +135,7 @@ def test_two_ranks_train_a_whole_run():
 def test_ranks_that_see_different_checkpoints_all_stop(tmp_path, settings, train):
     """As on nodes whose disk is not shared: rank 0 finds a checkpoint, rank 1 does not.  Nobody waits for the other."""
     train(settings(epochs=1), tmp_path / "0")
-    code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import vit_helpers, jobs; device = vit_helpers.load_notebook('02_training').start_processes('cpu'); c = jobs.small_config(epochs=3); "
+    code = ("import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import vit_helpers, jobs; device = vit_helpers.load_notebook('06_run').start_processes('cpu'); c = jobs.small_config(epochs=3); "
             "vit_helpers.train_and_validation_loop(vit_helpers.build_model(c), vit_helpers.load_data('digits'), c, 3, device, folder=pathlib.Path(sys.argv[3], str(vit_helpers.ranks()[0])))")
     shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", code,
                             vit_helpers.ROOT, vit_helpers.ROOT / "tests", tmp_path], capture_output=True, text=True, timeout=120)
@@ -147,7 +147,7 @@ def test_the_headline_plan_is_trained_once_and_its_checkpoint_tested_again(tmp_p
         path = tmp_path / "greys" / part / label / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (10 * number,) * 3 if label == "dark" else (255 - 10 * number,) * 3).save(path)
-    headline, results = vit_helpers.load_notebook("08_headline"), vit_helpers.RUNS / "headline-1-passes" / "greys-cpu-seed0" / "results.json"
+    headline, results = vit_helpers.load_notebook("11_results"), vit_helpers.RUNS / "headline-1-passes" / "greys-cpu-seed0" / "results.json"
     for todo in (1, 0):
         headline.run_headline(str(tmp_path / "greys"), passes=1, kind="cpu")
         assert f"greys-cpu: {todo} of 1 runs to do, 1 passes each, at most" in capfd.readouterr().out
@@ -160,7 +160,7 @@ def test_the_headline_plan_is_trained_once_and_its_checkpoint_tested_again(tmp_p
 
 
 def test_the_headline_names_what_it_does_not_know_and_what_failed(tmp_path):
-    headline = vit_helpers.load_notebook("08_headline")
+    headline = vit_helpers.load_notebook("11_results")
     with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu"):
         headline.run_headline("greys", only="best", kind="cpu")
     with pytest.raises(SystemExit, match="failed: headline-1-passes/nowhere-cpu-seed0; the end of each log says why"):

@@ -67,7 +67,7 @@ def test_splits_are_apart_seeded_and_stratified(digits):
 
 @pytest.mark.parametrize("kinds", ["crop,flip", "crop,flip,trivial,erase"])
 def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks(kinds):
-    augment = vit_helpers.load_notebook("05_augmentation").augment
+    augment = vit_helpers.load_notebook("03_augmentation").augment
     pictures = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(32, 3, 1, 1) + 1
     whole = augment(pictures, kinds, vit_helpers.generator(0, 1, 2))
     assert len({picture.numpy().tobytes() for picture in whole}) > 12         # 9 shifts, each also mirrored
@@ -79,7 +79,7 @@ def test_augmentation_draws_for_each_picture_and_alike_on_any_number_of_ranks(ki
 
 
 def test_mixed_pictures_and_their_targets_go_together_on_any_number_of_ranks():
-    mix = vit_helpers.load_notebook("05_augmentation").mix
+    mix = vit_helpers.load_notebook("03_augmentation").mix
     labels = torch.arange(64) % 7
     images = labels.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).double()            # the mean of a mixed picture says what it is made of
     mixed, targets = mix(images, labels, 7, 0.8, vit_helpers.generator(0))
@@ -260,8 +260,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, settings, train):
 
 
 def test_a_run_is_locked_while_it_is_trained(tmp_path):
-    lock_run = vit_helpers.load_notebook("02_training").lock_run
-    code = f"import sys; sys.path.insert(0, {str(vit_helpers.ROOT)!r}); import pathlib, vit_helpers; vit_helpers.load_notebook('02_training').lock_run(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    lock_run = vit_helpers.load_notebook("06_run").lock_run
+    code = f"import sys; sys.path.insert(0, {str(vit_helpers.ROOT)!r}); import pathlib, vit_helpers; vit_helpers.load_notebook('06_run').lock_run(pathlib.Path({str(tmp_path)!r})); print('locked', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(RuntimeError, match="is being trained by another process"):

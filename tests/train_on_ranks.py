@@ -27,7 +27,7 @@ def train(micro_batch_size):
     return {"losses": losses, "validation": vit_helpers.evaluate(model, data, data.val, settings)}
 
 
-training = vit_helpers.load_notebook("02_training")
+training = vit_helpers.load_notebook("06_run")
 training.start_processes("cpu")
 result = train(int(sys.argv[2]))
 training.end_processes()

@@ -69,7 +69,7 @@ def test_one_task_equals_bash(tmp_path, whole):
     number = submit(tmp_path, run="slurm/one")
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
     assert untimed("slurm/one") == untimed("whole")
-    assert (vit_helpers.RUNS / "slurm" / "one" / "02_training.ipynb").exists() and "epoch  12/12  loss" in log_of(number, tmp_path)
+    assert (vit_helpers.RUNS / "slurm" / "one" / "06_run.ipynb").exists() and "epoch  12/12  loss" in log_of(number, tmp_path)
     assert not list(vit_helpers.RUNS.glob(".job-*"))
 
 
