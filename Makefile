@@ -1,10 +1,14 @@
 # `make` lists the commands.  Each sets up what it needs in .venv first.
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-PAPERMILL := VIT_CWD="$(CURDIR)" papermill -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
-STRIP := python -c 'import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); \
-    [part.metadata.pop(name, None) for part in (nb, *nb.cells) for name in ("papermill", "widgets", "execution")]; \
-    [cell.metadata.pop("tags", None) for cell in nb.cells if not cell.metadata.get("tags")]; nbformat.write(nb, sys.argv[2])'
+ifdef VIT_HOME
+export VIT_HOME := $(abspath $(VIT_HOME))
+endif
+export VIT_CWD := $(CURDIR)
+QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
+PAPERMILL := papermill $(QUIET)
+PYTHON := python -c
+LOAD := import vit_helpers; load = vit_helpers.load_notebook;
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
 BENCH ?= runs/bench.json
@@ -12,71 +16,60 @@ BENCH ?= runs/bench.json
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-setup: .venv/done   ## make .venv and install requirements.txt
-.venv/done: requirements.txt
+setup: .venv/done   ## make .venv and install requirements.txt (LOCKED=1: the exact versions of the published results)
+.venv/done: requirements.txt $(if $(LOCKED),constraints.txt)
 	python3 -m venv .venv
-	pip install -q --disable-pip-version-check -r requirements.txt
+	pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
 	touch $@
 
-train: setup    ## train the four contestants on digits (a few minutes on two cores)
+train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
 
-test: setup     ## all tests, the notebooks among them
+test: setup lint    ## all tests, the notebooks among them
 	pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
 
-figures: setup  ## draw every picture in img/ and fill the README's tables from runs/published/
-	@mkdir -p runs && $(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/08_inside.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/09_questions.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/10_throughput.ipynb runs/.figures.ipynb -r output .
-	@$(PAPERMILL) notebooks/11_results.ipynb runs/.figures.ipynb -r output .
+lint: setup     ## what a reader would trip over, in .py files and notebooks
+	ruff check .
+
+figures: setup  ## draw every figure in img/, fill the tables of README.md and RESULTS.md from runs/published/
+	@mkdir -p runs
+	@for name in 07_comparison 08_inside 09_questions 10_throughput 11_results; do \
+	    $(PAPERMILL) notebooks/$$name.ipynb runs/.figures.ipynb -r output . || exit; done
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
-	@mkdir -p runs && $(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
+	@mkdir -p runs
+	@$(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
-	@python -c "import vit_helpers; vit_helpers.print_runs()"
+	@$(PYTHON) "import vit_helpers; vit_helpers.print_runs()"
 
-# train_missing <name> <model> [options]: a published run, unless it is done (by whatever version of the code it was)
-TRAIN_MISSING = train_missing() { test -e "runs/published/$$1/results.json" || bash train_job.sh -r run "published/$$1" -p model "$$2" "$${@:3}"; }
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
-	$(TRAIN_MISSING); for seed in 0 1 2; do for model in vit towervit towervit-wide towervit-matched; do \
-	    train_missing digits-seed$$seed-$$model $$model -p seed $$seed || exit; done; done
-	$(TRAIN_MISSING); for seed in 0 1 2; do train_missing fashion-mnist-seed$$seed-vit vit -p seed $$seed -p dataset fashion-mnist || exit; done
-	$(TRAIN_MISSING); for model in towervit towervit-wide towervit-matched; do \
-	    train_missing fashion-mnist-seed0-$$model $$model -p dataset fashion-mnist || exit; done
-	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-seed0-vit vit -p dataset fashion-mnist -p recipe adamw
-	$(TRAIN_MISSING); train_missing more/fashion-mnist-patch4-seed0-vit vit -p dataset fashion-mnist -p patch_size 4 -p epochs 15
-	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-patch4-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p patch_size 4 -p epochs 16
-	$(TRAIN_MISSING); train_missing more/fashion-mnist-adamw-droppath-seed0-vit vit -p dataset fashion-mnist -p recipe adamw -p drop_path 0.1 -p epochs 30
-	$(TRAIN_MISSING); train_missing more/fashion-mnist-modern-seed0-vit vit -p dataset fashion-mnist -p recipe modern -p epochs 60
-	test ! -d data/cifar10-jpeg || test -d runs/published/headline || $(MAKE) headline KIND=cpu DATASET=data/cifar10-jpeg FOLDER=published/headline
-	python -c "import vit_helpers; vit_helpers.load_notebook('11_results').publish_checkpoints()"
+	@$(PYTHON) "$(LOAD) load('11_results').train_published()"
 
 study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
-	@python -c "import vit_helpers; vit_helpers.load_notebook('09_questions').run_study('$(SUMMARY)')"
+	@$(PYTHON) "$(LOAD) load('09_questions').run_study('$(SUMMARY)')"
 
-bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour on two cores): make bench [IMAGES=folder]
+bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour): make bench [IMAGES=folder]
 	pip install -q --disable-pip-version-check timm vit-pytorch
-	@python -c "import vit_helpers; vit_helpers.load_notebook('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
+	@$(PYTHON) "$(LOAD) load('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
 
-headline: setup ## train notebook 11's plan for the GPU or CPU at hand: make headline [DATASET=folder] [ONLY="cifar10-best"] [PASSES=1] [KIND=cuda]
-	@python -c "import vit_helpers; vit_helpers.load_notebook('11_results').run_headline('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(PASSES)' or 0), '$(KIND)', '$(or $(FOLDER),headline)')"
+results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
+	@$(PYTHON) "$(LOAD) load('11_results').run_results('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(EPOCHS)' or 0), '$(KIND)', '$(or $(FOLDER),results)')"
 
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
-	@python -c "import vit_helpers; vit_helpers.load_notebook('11_results').retest('$(or $(RUNS),published/**)'.split())"
+	@$(PYTHON) "$(LOAD) load('11_results').retest('$(or $(RUNS),published/**)'.split())"
 
-notebooks: setup   ## run every notebook from top to bottom and store its outputs in it
+notebooks: setup   ## run every notebook from top to bottom and store its outputs in it: make notebooks [ONLY=04_training]
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
-	@for name in notebooks/*.ipynb; do \
-	    echo $$name; VIT_HOME=$(CURDIR)/runs/.notebooks $(PAPERMILL) $$name runs/.notebooks/out.ipynb >/dev/null || exit; \
-	    $(STRIP) runs/.notebooks/out.ipynb $$name || exit; done
+	@for name in $(or $(ONLY),$(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))); do \
+	    echo $$name; VIT_HOME=$(CURDIR)/runs/.notebooks $(PAPERMILL) notebooks/$$name.ipynb runs/.notebooks/out.ipynb >/dev/null || exit; \
+	    python tests/strip_notebook.py runs/.notebooks/out.ipynb notebooks/$$name.ipynb || exit; done
 
 data: setup     ## fetch a data set for machines without a network: make data DATASET=cifar10
 	@test -n "$(DATASET)" || { echo 'say which: make data DATASET=cifar10'; exit 2; }
-	@python -c "import vit_helpers; print(len(vit_helpers.load_data('$(DATASET)').train), 'training pictures in', vit_helpers.DATA)"
+	@$(PYTHON) "$(LOAD) print(len(load('02_data').load_data('$(DATASET)').train), 'training images in', vit_helpers.DATA)"
 
 lab: setup      ## open the suite in JupyterLab, on this machine only
 	jupyter lab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
@@ -84,4 +77,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test figures compare runs published notebooks study bench headline retest data lab tensorboard
+.PHONY: help setup train test lint figures compare runs published study bench results retest notebooks data lab tensorboard

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Train by papermill, on a laptop, a GPU, a node or a cluster.  Options are papermill's: parameters of notebooks/06_run.ipynb.
-#   bash train_job.sh                                          the four contestants on digits, one after the other
-#   bash train_job.sh -p model vit -p dataset fashion-mnist    one model
-#   NPROC=2 bash train_job.sh …                                two processes on this machine
-#   sbatch [--gpus-per-node=8 --cpus-per-task=64] [--nodes=4] train_job.sh …      one GPU, a node, several nodes
-#   sbatch --array=0-4 train_job.sh -p model vit …             a seed a task
-# The same command again goes on with a run that was stopped.  Preempted or out of time, a job saves and requeues itself.
-# VIT_SETUP: a file to source first (modules, conda); without it, .venv beside this script is used.  VIT_HOME: where data/,
-# runs/ and saved_models/ are, if not here.
+# Train by papermill, on a laptop, a GPU, a node or a cluster.  Options are papermill's: parameters
+# of notebooks/06_run.ipynb.
+#   bash train_job.sh                               all contestants on digits, one after the other
+#   bash train_job.sh -p model vit -p dataset fashion-mnist     one model
+#   NPROC=2 bash train_job.sh …                     two processes on this machine
+#   sbatch train_job.sh …                           one GPU
+#   sbatch --gpus-per-node=8 --cpus-per-task=64 [--nodes=4] train_job.sh …      a node, or several
+#   sbatch --array=0-4 train_job.sh -p model vit …  one seed per task
+# The same command again goes on with a run that was stopped.  Preempted or out of time, a job saves
+# and requeues itself.
+# VIT_SETUP: a file to source first (modules, conda); without it, .venv beside this script is used.
+# VIT_HOME: where data/, runs/ and saved_models/ are, if not here.
 #SBATCH --job-name=vit
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,17 +21,17 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-{                                       # read to its end before anything runs: an update of the file does not reach a running job
+{                   # read to its end before anything runs: an update does not reach a running job
 say() { echo "$(date +%T) train_job: $*"; }
 
-# As a batch job, this is a copy in SLURM's spool folder; the job's record knows where the original is.
-script=${BASH_SOURCE[0]} job=""
+# As a batch job, this is a copy in SLURM's spool folder; the job's record knows the original.
+script=$(readlink -f "${BASH_SOURCE[0]}") job=""        # it may have been called by a link
 if [ ! -e "$(dirname "$script")/vit_helpers.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     job=$SLURM_JOB_ID
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     script=$(scontrol -o show job "$job" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
 fi
-ROOT=$(cd "$(dirname "$script")" && pwd) || exit 1
+ROOT=$(dirname "$(readlink -f "$script")") || exit 1
 VIT_HOME=${VIT_HOME:-$ROOT} VIT_CWD=${VIT_CWD:-$PWD}
 mkdir -p "$VIT_HOME/runs" && VIT_HOME=$(cd "$VIT_HOME" && pwd) || exit 1
 NPROC=${NPROC:-1} NODES=1
@@ -36,9 +39,14 @@ NPROC=${NPROC:-1} NODES=1
 export ROOT VIT_HOME VIT_CWD NPROC NODES
 set +u                                              # module files and conda know no `set -u`
 # shellcheck disable=SC1090,SC1091
-if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"; elif [ -d "$ROOT/.venv" ]; then . "$ROOT/.venv/bin/activate"; fi
+if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"
+elif [ -d "$ROOT/.venv" ]; then . "$ROOT/.venv/bin/activate"
+fi
 set -u
-command -v papermill >/dev/null || { say "no papermill: run \`make setup\` in $ROOT, or name a file to source in VIT_SETUP"; exit 1; }
+if ! command -v papermill >/dev/null; then
+    say "no papermill: run \`make setup\` in $ROOT, or name a file to source in VIT_SETUP"
+    exit 1
+fi
 
 # Which models, and under what names.
 model="" prefix="" seed="" arguments=()
@@ -52,19 +60,33 @@ while [ $# -gt 0 ]; do
     esac
     shift 3
 done
-models=${model:-vit towervit towervit-wide towervit-matched}
+contestants() {
+    cd "$ROOT" || exit
+    python -c "import vit_helpers; print(*vit_helpers.load_notebook('01_models').MODELS)"
+}
+models=${model:-$(contestants)}
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    [ -z "$seed" ] || { say "in an array, the task's number is the seed: leave out -p seed"; exit 2; }
+    if [ -n "$seed" ]; then
+        say "in an array, the task's number is the seed: leave out -p seed"
+        exit 2
+    fi
     seed=$SLURM_ARRAY_TASK_ID prefix=${prefix:+$prefix-seed$seed}
 fi
 
-# The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never see a signal.
-for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"; done     # of killed scripts
+# The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never
+# see a signal.
+for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do                # of scripts that were killed
+    kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"
+done
 export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME@$$}
 rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
 # shellcheck disable=SC2317                         # called by the traps
 asked() {
-    [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ] && { say "interrupted twice: killed"; rm -rf "$VIT_JOB"; kill -KILL 0; }
+    if [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ]; then
+        say "interrupted twice: killed"
+        rm -rf "$VIT_JOB"
+        kill -KILL 0
+    fi
     say "$1: the training saves after its step and stops"; touch "$VIT_JOB/stop"
 }
 trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
@@ -73,44 +95,71 @@ trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
 export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
 if [ "$NODES" -gt 1 ]; then
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-    getent hosts "$HEAD" >/dev/null || HEAD=$(scontrol show node "$HEAD" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    if ! getent hosts "$HEAD" >/dev/null; then
+        HEAD=$(scontrol show node "$HEAD" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    fi
 fi
 
-# One rank: one papermill, one kernel.  One node: torchrun if there are several ranks.  Signals that reach the shell of a
-# node become the stop file; all below it ignores them (ignored signals stay ignored across exec).
+# One rank: one papermill, one kernel.  Kernels that start at the same moment may pick the same
+# port; the one that dies of it before it has run anything is started again.
+quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption"; }
 rank() {
-    exec papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 --cwd "$ROOT/notebooks" \
-        --no-progress-bar --log-level ERROR --stdout-file - --stderr-file - "$@"
+    local code errors="$VIT_JOB/errors${RANK:-0}"
+    for _ in 1 2 3; do
+        papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 \
+            --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
+            --stdout-file - --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
+        code=$?
+        sleep 1
+        grep -q "Kernel died before replying to kernel_info" "$errors" || return "$code"
+        echo "train_job: the kernel did not start; once more"
+    done
+    return "$code"
 }
+# One node: torchrun if there are several ranks.  Signals that reach the shell of a node become the
+# stop file; all below it ignores them (ignored signals stay ignored across exec).
 node() {
     trap 'touch "$VIT_JOB/stop"' USR1 TERM INT
     (   trap "" USR1 TERM INT
-        [ "$NODES" = 1 ] && [ "$NPROC" = 1 ] && rank "$@"
+        if [ "$NODES" = 1 ] && [ "$NPROC" = 1 ]; then
+            rank "$@"
+            exit
+        fi
         cores=$(nproc)
-        [ "$cores" -ge "$NPROC" ] || echo "train_job: $NPROC processes share $cores cores; ask for more (sbatch --cpus-per-task=…)"
-        export OMP_NUM_THREADS=$((cores / NPROC > 0 ? cores / NPROC : 1))
-        exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$NPROC" --master-addr="$HEAD" \
-            --master-port="$PORT" --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
+        if [ "$cores" -lt "$NPROC" ]; then
+            echo "train_job: $NPROC processes share $cores cores; ask for more" \
+                "(sbatch --cpus-per-task=…)"
+        fi
+        threads=$((cores / NPROC > 0 ? cores / NPROC : 1))
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+        exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" \
+            --nproc-per-node="$NPROC" --master-addr="$HEAD" --master-port="$PORT" \
+            --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
             bash -c 'rank "$@"' rank "$@" ) &
     wait_for $!
 }
-wait_for() {                        # a trap ends a `wait`: wait again until the process itself has ended
+wait_for() {                    # a trap ends a `wait`: wait again until the process itself has ended
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1" 2>/dev/null
 }
-export -f rank node wait_for
+export -f rank node wait_for quiet
 
 code=0 finished=()
 for model in $models; do
-    name=$prefix; [ -n "$prefix" ] && [ "$models" != "$model" ] && name=$prefix-$model
-    set -- -r model "$model" -p seed "${seed:-0}" -r run "$name" ${arguments[@]+"${arguments[@]}"}
+    set -- -r model "$model" -p seed "${seed:-0}" ${arguments[@]+"${arguments[@]}"}
+    if [ -n "$prefix" ]; then
+        [ "$models" = "$model" ] && set -- "$@" -r run "$prefix"
+        [ "$models" = "$model" ] || set -- "$@" -r run "$prefix-$model"
+    fi
     if [ -n "$job" ]; then
-        srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c 'node "$@"' node "$@" </dev/null &
+        srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+            --kill-on-bad-exit=1 bash -c 'node "$@"' node "$@" </dev/null &
     else
         node "$@" </dev/null &
     fi
     wait_for $!; code=$?
-    run=$(cat "$VIT_JOB/run" 2>/dev/null) && mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/06_run.ipynb"
+    run=$(cat "$VIT_JOB/run" 2>/dev/null) &&
+        mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/06_run.ipynb"
     [ "$code" = 0 ] || break
     finished+=("$(cat "$VIT_JOB"/run "$VIT_JOB"/was-done 2>/dev/null)")
     rm -f "$VIT_JOB"/run "$VIT_JOB"/was-done
@@ -118,13 +167,19 @@ done
 
 state=$([ -n "$job" ] && scontrol -o show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
 if [ "$code" = 0 ]; then
-    echo; cd "$ROOT" && python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
-    echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`), the models with the lowest validation loss in $VIT_HOME/saved_models."
+    echo
+    cd "$ROOT" &&
+        python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
+    echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`),"
+    echo "the models with the lowest validation loss in $VIT_HOME/saved_models."
 elif [ ! -e "$VIT_JOB/stop" ]; then
     say "failed with code $code; the error is above${run:+, the executed notebook in runs/$run}"
-elif [ "$state" = RUNNING ] && [ -e "$VIT_JOB/saved" ]; then            # not cancelled, and not without progress
+elif [ "$state" = RUNNING ] && [ -e "$VIT_JOB/saved" ]; then    # not cancelled, and with progress
     say "saved: back into the queue"
-    if scontrol requeue "$job"; then sleep 60 & wait $!; code=0; fi     # SLURM ends this script meanwhile
+    if scontrol requeue "$job"; then            # SLURM ends this script meanwhile
+        sleep 60 & wait $!
+        code=0
+    fi
 else
     say "stopped${state:+ in state $state}; the same command goes on from the last checkpoint"
 fi

@@ -1,13 +1,19 @@
-"""The README's tables and pictures come from the published runs, and the verdict from the numbers."""
+"""The tables and figures of README.md and RESULTS.md come from the published runs, and the verdict
+from the numbers."""
+import json
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
 import vit_helpers
 
-README = vit_helpers.ROOT / "README.md"
+PAGES = ("README.md", "RESULTS.md")
+DRAWING = ("07_comparison", "09_questions", "10_throughput", "11_results")
+PUBLISHED = vit_helpers.ROOT / "runs" / "published"
 
 
 @pytest.fixture(scope="module")
@@ -15,35 +21,186 @@ def comparison():
     return vit_helpers.load_notebook("07_comparison")
 
 
-def test_figures_are_drawn_without_data_and_the_readme_stays_as_it_is(tmp_path):
-    shutil.copy(README, tmp_path)
-    for name in ("07_comparison.ipynb", "09_questions.ipynb", "10_throughput.ipynb", "11_results.ipynb"):
-        command = [sys.executable, "-m", "papermill", vit_helpers.ROOT / "notebooks" / name, tmp_path / name, "-k", "python3", "--no-progress-bar",
-                   "--cwd", vit_helpers.ROOT / "notebooks", "-r", "output", tmp_path]
-        subprocess.run(command, check=True, capture_output=True)
-    assert (tmp_path / "README.md").read_text() == README.read_text(), "run `make figures` and commit what changed"
-    shown = set(re.findall(r"\]\(img/([\w.-]+)\)", README.read_text()))
-    drawn = {path.name for path in (tmp_path / "img").iterdir()}
-    kept = {path.name for path in (vit_helpers.ROOT / "img").iterdir()}
-    assert shown <= kept and len(shown) > 20 and {name for name in shown if "-inside-" not in name} <= drawn     # notebook 8 draws the others
+@pytest.fixture(scope="module")
+def published():
+    """One published run of each contestant on digits, by the model's name."""
+    found = vit_helpers.read_runs(["published/digits-seed0-*"], finished=True)
+    return {run["config"]["model"]: run for run in found}
 
+
+def execute(name, output, *parameters):
+    """Run a notebook with papermill; returns all that its cells printed or displayed, as text."""
+    executed = output / f"{name}.ipynb"
+    source = vit_helpers.NOTEBOOKS / f"{name}.ipynb"
+    command = [sys.executable, "-m", "papermill", source, executed, "-k", "python3",
+               "--no-progress-bar", "--cwd", vit_helpers.NOTEBOOKS, "-r", "output", output]
+    done = subprocess.run([*command, *parameters], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.dumps(json.loads(executed.read_text()), ensure_ascii=False)
+
+
+def figures_in(*pages):
+    """The names of the figures that Markdown pages show."""
+    return set(re.findall(r"\]\(img/([^)]+)\)", "\n".join(page.read_text() for page in pages)))
+
+
+def changed(run, name="changed", **settings):
+    """A run with another name and other settings."""
+    return {**run, "run": name, "config": {**run["config"], **settings}}
+
+
+# ---------------------------------------------------------------- the pages of the repository
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder with copies of the pages, after all that `make figures` does but for notebook 8."""
+    output = tmp_path_factory.mktemp("figures")
+    for page in PAGES:
+        shutil.copy(vit_helpers.ROOT / page, output)
+    for name in DRAWING:
+        execute(name, output)
+    return output
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_are_what_the_published_runs_make_them(drawn, page):
+    fresh, kept = (folder / page for folder in (drawn, vit_helpers.ROOT))
+    assert fresh.read_text() == kept.read_text(), "run `make figures` and commit what changed"
+
+
+def test_all_figures_that_the_pages_show_are_drawn_without_data(drawn):
+    shown = figures_in(*(vit_helpers.ROOT / page for page in PAGES))
+    assert len(shown) > 20
+    assert shown <= {path.name for path in (vit_helpers.ROOT / "img").iterdir()}
+    by_others = {name for name in shown if "-inside-" in name}              # notebook 8 draws them
+    assert shown - by_others <= {path.name for path in (drawn / "img").iterdir()}
+
+
+# ---------------------------------------------------------------- a comparison of one's own
+
+def test_a_damaged_run_is_named_and_a_new_readme_shows_all_that_was_drawn(tmp_path):
+    for model in ("vit", "towervit"):
+        shutil.copytree(PUBLISHED / f"digits-seed0-{model}", vit_helpers.RUNS / "odd" / model)
+    damaged = vit_helpers.RUNS / "odd" / "towervit"
+    (damaged / "predictions.npz").write_bytes(b"no predictions")
+    log = next(damaged.glob("events.out.tfevents.*"))
+    log.write_bytes(b"loss/val".join(log.read_bytes().split(b"loss/val")[:30]))     # cut off
+    said = execute("07_comparison", tmp_path, "-r", "runs", "odd/*")
+    assert re.search(r"odd/towervit: its log holds \d+ of 40 epochs", said)
+    assert "odd/towervit: no predictions to read" in said
+    shown = figures_in(tmp_path / "README.md")
+    assert shown == {path.name for path in (tmp_path / "img").iterdir()}
+    kinds = ("accuracy", "loss", "confusion", "vit-curves", "vit-samples", "towervit-curves")
+    assert {f"digits-{kind}.png" for kind in kinds} <= shown
+
+
+# ---------------------------------------------------------------- groups
+
+def test_runs_of_the_same_seed_count_once(comparison, published, capsys):
+    run = published["vit"]
+    groups = comparison.group_runs([run, changed(run, "twin")])["digits"]
+    assert {label: len(members) for label, members in groups.items()} == {"ViT": 1}
+    assert "skipped twin: the same seed" in capsys.readouterr().out
+
+
+def test_another_setting_makes_another_group_and_names_it(comparison, published):
+    run = published["vit"]
+    groups = comparison.group_runs([run, changed(run, learning_rate=0.5)])["digits"]
+    assert list(groups) == ["ViT", "ViT learning_rate 0.5"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"seed": 1}, {"threads": 7}, {"device": "cuda"}, {"workers": 0}, {"compile": True},
+    {"micro_batch_size": 8}, {"code_hash": "of another version"},
+])
+def test_what_does_not_change_the_result_splits_no_group(comparison, published, settings):
+    run = published["vit"]
+    other = changed(run, **{"seed": 1, **settings})
+    assert len(comparison.group_runs([run, other])["digits"]["ViT"]) == 2
+
+
+def test_a_data_set_is_the_same_however_its_path_was_typed(comparison, published):
+    run = published["vit"]
+    typed = [changed(run, dataset="./pets", folder="/data/pets"),
+             changed(run, dataset="../data/pets", folder="/data/pets", seed=1)]
+    assert [len(members) for members in comparison.group_runs(typed)["pets"].values()] == [2]
+
+
+def test_a_model_that_is_gone_is_skipped_by_name(comparison, published, capsys):
+    gone = changed(published["vit"], "old", model="vit-of-yesterday")
+    assert list(comparison.group_runs([gone, published["vit"]])["digits"]) == ["ViT"]
+    assert "skipped old: there is no model 'vit-of-yesterday'" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the verdict
 
 def test_swapped_logs_swap_the_verdict(comparison):
-    published, swapped = vit_helpers.ROOT / "runs" / "published", vit_helpers.RUNS / "swapped"
     other = {"vit": "towervit", "towervit": "vit"}
     for seed in range(3):
         for model in other:
-            shutil.copytree(published / f"digits-seed{seed}-{model}", swapped / f"seed{seed}-{model}")
-            shutil.copy(published / f"digits-seed{seed}-{other[model]}" / "config.json", swapped / f"seed{seed}-{model}" / "config.json")
-    before = comparison.verdict(comparison.group_runs(vit_helpers.read_runs([f"published/digits-seed?-{model}" for model in other]))["digits"])
-    after = comparison.verdict(comparison.group_runs(vit_helpers.read_runs(["swapped/*"]))["digits"])
+            copy = vit_helpers.RUNS / "swapped" / f"seed{seed}-{model}"
+            shutil.copytree(PUBLISHED / f"digits-seed{seed}-{model}", copy)
+            shutil.copy(PUBLISHED / f"digits-seed{seed}-{other[model]}" / "config.json", copy)
+    found = [vit_helpers.read_runs([f"published/digits-seed?-{model}" for model in other]),
+             vit_helpers.read_runs(["swapped/*"])]
+    before, after = (comparison.verdict(comparison.group_runs(runs)["digits"]) for runs in found)
     exchanged = before.replace("TowerViT", "@").replace("ViT", "TowerViT").replace("@", "ViT")
-    assert sorted(after.split("\n")) == sorted(exchanged.split("\n")) and before != after
+    assert sorted(after.split("\n")) == sorted(exchanged.split("\n"))
+    assert before != after
 
 
-def test_runs_of_the_same_seed_count_once_and_settings_keep_groups_apart(comparison, capsys):
-    run = vit_helpers.read_runs(["published/digits-seed0-vit"])[0]
-    other = {**run, "run": "other", "config": {**run["config"], "learning_rate": 0.5}}
-    groups = comparison.group_runs([run, {**run, "run": "twin"}, other])["digits"]
-    assert {label: len(members) for label, members in groups.items()} == {"ViT learning_rate 0.1": 1, "ViT learning_rate 0.5": 1}
-    assert "passed over twin: the same seed" in capsys.readouterr().out
+def test_groups_that_differ_in_three_settings_say_so_first(comparison, published):
+    settings = {"batch_size": 64, "learning_rate": 0.03, "augment": "none"}
+    groups = comparison.group_runs([published["vit"], changed(published["towervit"], **settings)])
+    first = comparison.verdict(groups["digits"]).split("\n")[0]
+    assert "differ in more than the model" in first
+    for name, value in settings.items():
+        assert name in first and str(value) in first
+    header, _, vit, tower = comparison.results_table(groups["digits"]).split("\n")
+    assert "what differs" in header
+    assert "batch_size 32" in vit and "batch_size 64" in tower
+
+
+def test_groups_that_differ_in_the_model_alone_need_no_such_line(comparison, published):
+    groups = comparison.group_runs(published.values())["digits"]
+    assert "differ" not in comparison.verdict(groups)
+    assert "differ" not in comparison.results_table(groups)
+
+
+def overfitting_of(comparison, run, losses, validation_images):
+    """The sentence on a run with such validation losses, one per epoch, of so many images."""
+    history = {tag: [1.0] * len(losses) for tag in comparison.CURVES}
+    history.update({"epoch": list(range(1, len(losses) + 1)), "loss/val": losses})
+    images = [1294, validation_images, 359]
+    run = changed(run, run["run"], epochs=len(losses), images=images)
+    return comparison.overfitting("ViT", [{**run, "history": history}])
+
+
+@pytest.mark.parametrize("losses, images, said", [
+    ([0.5, 0.2, 0.9], 6000, "cannot be said from 3 epochs"),
+    ([0.5, 0.4, 0.2, 0.5, 0.9], 99, "99 validation images"),
+    ([0.5, 0.4, 0.2, 0.21, 0.22], 144, "says little"),
+    ([0.5, 0.4, 0.2, 0.201, 0.202], 6000, "does not turn up"),
+    ([0.5, 0.4, 0.2, 0.5, 0.9], 144, "ViT overfits"),
+    ([0.5, 0.4, 0.2, 0.21, 0.22], 60000, "ViT overfits"),
+])
+def test_overfitting_is_said_only_where_it_can_be_seen(comparison, published, losses, images, said):
+    sentence = overfitting_of(comparison, published["vit"], losses, images)
+    assert said in sentence
+    assert ("overfits:" in sentence) == (said == "ViT overfits")
+
+
+# ---------------------------------------------------------------- classes
+
+def test_the_confusion_matrix_agrees_with_the_test_accuracy(comparison, published):
+    for run in published.values():
+        counts = comparison.confusion(run)
+        assert counts.sum() == run["config"]["images"][2]
+        assert np.trace(counts) / counts.sum() == pytest.approx(run["results"]["test_accuracy"])
+
+
+def test_of_many_classes_the_worst_are_named(comparison):
+    accuracies = np.linspace(0.2, 0.99, 20)
+    table = comparison.class_table([f"kind{i}" for i in range(20)], {"ViT": np.diag(accuracies)})
+    row = table.split("\n")[-1]
+    assert re.findall(r"kind\d+", row) == ["kind0", "kind1", "kind2", "kind3", "kind4"]

@@ -1,6 +1,12 @@
-"""08_inside.ipynb: its measures on hand-made cases, and the whole notebook on an RGB mean-pooled TowerViT with long class names."""
+"""08_inside.ipynb: its measures on hand-made cases, and the whole notebook on a merging tower.
+
+The tower is mean-pooled, its images are in colour and its classes have long names.
+"""
+import io
 import json
 import math
+from datetime import datetime, timezone
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -8,8 +14,11 @@ import papermill
 import pytest
 import torch
 import torch.nn.functional as F
-import vit_helpers
 from PIL import Image
+
+import vit_helpers
+
+SCREEN = 95         # letters that fit into a line of text output in JupyterLab at 1440 pixels
 
 
 @pytest.fixture(scope="module")
@@ -20,51 +29,170 @@ def inside():
 @pytest.fixture(params=["cls", "mean"])
 def grey_vit(models, request):
     torch.manual_seed(0)
-    return models.ViT(8, 2, 1, 10, dims=(16, 32, 48), head_dim=16, pool=request.param, position_std=2.0).eval()
+    return models.ViT(8, 2, 1, 10, dims=(16, 32, 48), head_dim=16, pool=request.param,
+                      pos_embed_std=2.0).eval()
 
 
 @pytest.fixture
 def rgb_tower(models):
     torch.manual_seed(0)
-    return models.TowerViT(12, 4, 3, 5, dim=32, depth=3, head_dim=8, pool="mean", position_std=2.0).eval()
+    return models.TowerViT(12, 4, 3, 5, dim=32, depth=3, head_dim=8, pool="mean",
+                           pos_embed_std=2.0).eval()
+
+
+def with_registers(models, **settings):
+    """A ViT with two more tokens between the class token and the patches: a model of a kind that
+    the notebook has never seen."""
+    class Registers(models.ViT):
+        def __init__(self):
+            super().__init__(8, 1, 1, 10, dims=(16, 16, 32, 32), head_dim=8, pos_embed_std=2.0,
+                             **settings)
+            self.registers = torch.nn.Parameter(torch.randn(1, 2, 16))
+            self.num_prefix_tokens += 2
+
+        def embed_images(self, images):
+            x, prefix = super().embed_images(images), self.num_prefix_tokens - 2
+            registers = self.registers.expand(x.shape[0], -1, -1)
+            return torch.cat([x[:, :prefix], registers, x[:, prefix:]], dim=1)
+
+    return Registers().eval()
+
+
+@pytest.fixture(params=["cls", "mean", "cls and registers", "mean and registers"])
+def merging(models, request):
+    """A model of grids 8 -> 8, 8, 4, 2, with 0 to 3 tokens before the patches."""
+    torch.manual_seed(0)
+    pool, _, more = request.param.partition(" and ")
+    if more:
+        return with_registers(models, pool=pool, merge_at=(3, 4))
+    return models.ViT(8, 1, 1, 10, dims=(16, 16, 32, 32), head_dim=8, pool=pool, merge_at=(3, 4),
+                      pos_embed_std=2.0).eval()
+
+
+@torch.no_grad()
+def intermediates(model, number=3):
+    """(images, what happened to them)."""
+    images = torch.randn(number, *model.image_shape)
+    return images, model(images, return_intermediates=True)[1]
 
 
 # ---- where it looks
 
-@torch.no_grad()
 def test_rollout_is_the_matrix_product(inside, grey_vit):
-    attention = grey_vit(torch.randn(3, 1, 8, 8), return_intermediates=True)[1]["attention"]
+    attention = intermediates(grey_vit)[1]["attention"]
+    grids, prefix = grey_vit.grids, grey_vit.num_prefix_tokens
     eye = np.eye(attention[0].shape[-1])
     first, second, third = (0.5 * weights.numpy().mean(1) + 0.5 * eye for weights in attention)
-    rollout = inside.attention_rollout(attention)
-    assert torch.allclose(rollout.sum(-1), torch.ones(()), atol=1e-6)
-    np.testing.assert_allclose(inside.attention_rollout(attention[:1]), first, atol=1e-6)
+    rollout = inside.attention_rollout(attention, grids, prefix)
+    torch.testing.assert_close(rollout.sum(-1), torch.ones(rollout.shape[:2]))
     np.testing.assert_allclose(rollout, third @ second @ first, atol=1e-6)
-    assert np.abs(third @ second @ first - first @ second @ third).max() > 1e-3        # the order can be told apart
+    assert np.abs(third @ second @ first - first @ second @ third).max() > 1e-3     # order matters
+    alone = inside.attention_rollout(attention[:1], grids[:2], prefix)
+    np.testing.assert_allclose(alone, first, atol=1e-6)
+
+
+def test_merging_matrix_by_hand(inside):
+    by_hand = torch.zeros(2 + 4, 2 + 16)                    # two prefix tokens, 4 x 4 -> 2 x 2
+    by_hand[0, 0] = by_hand[1, 1] = 1
+    for row in range(4):
+        for column in range(4):
+            by_hand[2 + 2 * (row // 2) + column // 2, 2 + 4 * row + column] = 1 / 4
+    torch.testing.assert_close(inside.merging_matrix(4, 2, 2), by_hand)
+    torch.testing.assert_close(inside.merging_matrix(3, 3, 1), torch.eye(10))
+    torch.testing.assert_close(inside.merging_matrix(8, 2, 0),
+                               inside.merging_matrix(4, 2, 0) @ inside.merging_matrix(8, 4, 0))
 
 
 @torch.no_grad()
+def test_merging_matrix_is_what_the_model_does(inside, merging):
+    for block in merging.blocks:                            # only the skip path is left
+        for layer in (block.attention.out, block.mlp[3]):
+            torch.nn.init.zeros_(layer.weight)
+    tokens = intermediates(merging)[1]["tokens"]
+    for number, block in enumerate(merging.blocks, 1):
+        side, smaller = merging.grids[number - 1:number + 1]
+        matrix = inside.merging_matrix(side, smaller, merging.num_prefix_tokens)
+        torch.testing.assert_close(tokens[number], block.project(matrix @ tokens[number - 1]))
+
+
+def test_rollout_ends_at_the_patches_of_the_image(inside, merging):
+    attention = intermediates(merging)[1]["attention"]
+    prefix = merging.num_prefix_tokens
+    assert merging.grids == (8, 8, 8, 4, 2)
+    rollout = inside.attention_rollout(attention, merging.grids, prefix)
+    assert rollout.shape == (3, prefix + 4, prefix + 64)
+    torch.testing.assert_close(rollout.sum(-1), torch.ones(3, prefix + 4))
+
+    expected = torch.eye(prefix + 64)
+    merges = {3: inside.merging_matrix(8, 4, prefix), 4: inside.merging_matrix(4, 2, prefix)}
+    for number, weights in enumerate(attention, 1):
+        if number in merges:
+            expected = merges[number] @ expected
+        expected = (weights.mean(1) + torch.eye(weights.shape[-1])) / 2 @ expected
+    torch.testing.assert_close(rollout, expected)
+
+
+def test_rollout_spreads_a_merged_token_over_its_patches(inside):
+    still = torch.eye(4).expand(1, 2, 4, 4)                 # attention of each token to itself
+    rollout = inside.attention_rollout([still], (4, 2), 0)[0]
+    top_left = [1 / 4, 1 / 4, 0, 0] * 2 + [0] * 8
+    assert rollout[0].tolist() == pytest.approx(top_left)
+
+
 def test_attention_from_the_answer_and_from_a_patch(inside, grey_vit):
-    weights = grey_vit(torch.randn(3, 1, 8, 8), return_intermediates=True)[1]["attention"][-1]
-    answer, patch = (inside.attention_from(weights, grey_vit.pool, start) for start in (0, 5))
-    assert answer.shape == patch.shape == (3, 3, 16) and torch.allclose(answer.sum(-1), torch.ones(()), atol=1e-6)
+    weights = intermediates(grey_vit)[1]["attention"][-1]
+    answer, patch = (inside.attention_from(grey_vit, weights, start) for start in (0, 5))
+    assert answer.shape == patch.shape == (3, 3, 16)
+    torch.testing.assert_close(answer.sum(-1), torch.ones(3, 3))
     if grey_vit.pool == "mean":
         torch.testing.assert_close(answer, weights.mean(-2))
         torch.testing.assert_close(patch, weights[..., 4, :])       # patch 5 is the fifth row
     else:
         torch.testing.assert_close(answer, weights[..., 0, 1:] / (1 - weights[..., 0, :1]))
         torch.testing.assert_close(patch, weights[..., 5, 1:] / (1 - weights[..., 5, :1]))
+    torch.testing.assert_close(inside.attention_from(grey_vit, weights[0, 1]), answer[0, 1])
+
+
+def test_attention_from_leaves_out_all_prefix_tokens(inside, merging):
+    attention = intermediates(merging)[1]["attention"]
+    prefix = merging.num_prefix_tokens
+    for weights, side in zip(attention, merging.grids[1:], strict=True):
+        answer, last = (inside.attention_from(merging, weights, start) for start in (0, side ** 2))
+        rows = weights[:, :, :1] if merging.pool == "cls" else weights[:, :, prefix:]
+        expected = rows.mean(-2)[..., prefix:]
+        torch.testing.assert_close(answer, expected / expected.sum(-1, keepdim=True))
+        expected = weights[..., -1, prefix:]
+        torch.testing.assert_close(last, expected / expected.sum(-1, keepdim=True))
+    rollout = inside.attention_rollout(attention, merging.grids, prefix)
+    assert inside.attention_from(merging, rollout).shape == (3, 64)
+
+
+def test_enlarge_gives_a_merged_token_to_its_patches(inside):
+    maps = torch.tensor([[1.0, 2, 3, 4]])
+    expected = [1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 4, 4, 3, 3, 4, 4]
+    assert inside.enlarge(maps, 4)[0].tolist() == expected
+    assert torch.equal(inside.enlarge(maps, 2), maps)
 
 
 def test_attention_distance_by_hand(inside):
-    places = [(2.0 * row, 2.0 * column) for row in range(4) for column in range(4)]     # patches of 2 pixels
+    places = [(2.0 * row, 2.0 * column) for row in range(4) for column in range(4)]     # in pixels
     apart = np.array([[math.dist(a, b) for b in places] for a in places])
-    itself, even, corner = torch.eye(16), torch.full((16, 16), 1 / 16), F.one_hot(torch.zeros(16).long(), 16).float()
-    heads = torch.stack([itself, even, corner])[None].repeat(2, 1, 1, 1)                # (B, heads, N, N)
-    expected = [0, apart.mean(), apart[0].mean()]
-    assert inside.attention_distance(heads, 2, "mean").tolist() == pytest.approx(expected, abs=1e-5)
-    with_class = F.pad(heads * 0.3, (1, 0, 1, 0), value=0.7)                            # most of the attention on the class token: no matter
-    assert inside.attention_distance(with_class, 2, "cls").tolist() == pytest.approx(expected, abs=1e-5)
+    itself, even = torch.eye(16), torch.full((16, 16), 1 / 16)
+    corner = F.one_hot(torch.zeros(16).long(), 16).float()
+    heads = torch.stack([itself, even, corner])[None].repeat(2, 1, 1, 1)    # (B, heads, N, N)
+    expected = pytest.approx([0, apart.mean(), apart[0].mean()], abs=1e-5)
+    assert inside.attention_distance(heads, 2, 0).tolist() == expected
+    for prefix in (1, 3):                           # most attention goes to these: no matter
+        with_prefix = F.pad(heads * 0.3, (prefix, 0, prefix, 0), value=0.7)
+        assert inside.attention_distance(with_prefix, 2, prefix).tolist() == expected
+
+
+def test_a_merged_token_stands_for_a_larger_patch(inside, merging):
+    assert [inside.token_side(merging, block) for block in range(1, 5)] == [1, 1, 2, 4]
+    prefix = merging.num_prefix_tokens
+    to_the_right = torch.eye(4)[[1, 1, 3, 3]]               # 2 x 2 tokens, each 4 pixels wide
+    weights = F.pad(to_the_right, (prefix, 0, prefix, 0), value=0.1)[None, None]
+    assert inside.attention_distance(weights, inside.token_side(merging, 4), prefix).item() == 2
 
 
 @torch.no_grad()
@@ -72,133 +200,247 @@ def test_covering_a_patch(inside, rgb_tower):
     images, average = torch.randn(2, 3, 12, 12), torch.randn(3, 12, 12)
     falls = inside.cover_patches(rgb_tower, images, average)
     covered = images.clone()
-    covered[:, :, 4:8, 8:12] = average[:, 4:8, 8:12]                                    # patch 5 of 0 to 8: row 1, column 2
+    covered[:, :, 4:8, 8:12] = average[:, 4:8, 8:12]        # patch 5 of 0 to 8: row 1, column 2
     before, after = rgb_tower(images).log_softmax(1), rgb_tower(covered).log_softmax(1)
     answers = before.argmax(1)
+    assert falls.shape == (2, 9)
     torch.testing.assert_close(falls[:, 5], (before - after)[range(2), answers])
-    assert falls.shape == (2, 9) and inside.cover_patches(rgb_tower, images[:1], images[0]).abs().max() < 1e-5
+    assert inside.cover_patches(rgb_tower, images[:1], images[0]).abs().max() < 1e-5
+
+
+def test_covering_is_by_the_patches_before_merging(inside, merging):
+    images = torch.randn(2, *merging.image_shape)
+    falls = inside.cover_patches(merging, images, torch.zeros(merging.image_shape))
+    assert falls.shape == (2, merging.grids[0] ** 2)
 
 
 # ---- what is in the weights and the tokens
 
 def test_filter_components_find_what_was_planted(inside):
-    red, edge = torch.zeros(3, 2, 2), torch.tensor([[1.0, 1], [-1, -1]]).expand(3, 2, 2) / 12 ** 0.5
+    red = torch.zeros(3, 2, 2)
     red[0] = 0.5
-    weight = torch.randn(64, 1) * 3 * red.flatten() + torch.randn(64, 1) * edge.flatten()
-    components, shares = inside.filter_components(weight, channels=3)
-    assert components.shape == (12, 3, 2, 2) and shares[:2].sum() > 0.999 and shares[0] > shares[1]
-    assert (components[0] * red).sum().abs() > 0.95 and (components[1] * edge).sum().abs() > 0.95
+    edge = torch.tensor([[1.0, 1], [-1, -1]]).expand(3, 2, 2) / 12 ** 0.5
+    filters = torch.randn(64, 1) * 3 * red.flatten() + torch.randn(64, 1) * edge.flatten()
+    patterns, fractions = inside.filter_components(filters, channels=3)
+    assert patterns.shape == (12, 3, 2, 2)
+    assert fractions[:2].sum() > 0.999
+    assert fractions[0] > fractions[1]
+    assert (patterns[0] * red).sum().abs() > 0.95
+    assert (patterns[1] * edge).sum().abs() > 0.95
+
+
+def test_first_filters_of_patches_and_of_a_hybrid(inside, models, rgb_tower):
+    assert torch.equal(inside.first_filters(rgb_tower), rgb_tower.embed.weight)
+    hybrid = models.ViT(32, 4, 3, 10, dims=(32, 32), stem="conv", pool="mean").eval()
+    filters = inside.first_filters(hybrid)
+    assert inside.filter_components(filters, channels=3)[0].shape[1:] == (3, 3, 3)
 
 
 def test_position_similarity(inside, rgb_tower):
-    similarity = inside.position_similarity(torch.tensor([[1.0, 0], [0, 2], [-3, 0], [1, 1]]))
+    vectors = torch.tensor([[1.0, 0], [0, 2], [-3, 0], [1, 1]])
+    similarity = inside.position_similarity(vectors)
     assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5 ** 0.5], abs=1e-6)
-    assert inside.position_similarity(rgb_tower.positions[0]).shape == (9, 9)
+    assert inside.position_similarity(rgb_tower.pos_embed[0]).shape == (9, 9)
+
+
+def test_grid_of_grids(inside):
+    drawn = inside.grid_of_grids(torch.arange(16.0).view(4, 4))
+    assert drawn.shape == (5, 5)
+    assert drawn[:2, :2].tolist() == [[0, 1], [2, 3]]                       # the first place's map
+    assert drawn[3:, :2].tolist() == [[8, 9], [10, 11]]                     # the one below it
+    assert drawn[2].isnan().all() and drawn[:, 2].isnan().all()
 
 
 @torch.no_grad()
-def test_states_and_what_the_head_says_of_them(inside, grey_vit, rgb_tower):
-    for model, images in ((grey_vit, torch.randn(7, 1, 8, 8)), (rgb_tower, torch.randn(7, 3, 12, 12))):
+def test_states_and_what_the_head_says_of_them(inside, grey_vit, rgb_tower, merging):
+    for model in (grey_vit, rgb_tower, merging):
+        images, seen = intermediates(model, 7)
         states = inside.pooled_states(model, images.split(3))
-        assert list(states) == ["mean of the patches", "class token"][:1 + (model.pool == "cls")]
-        seen = model(images, return_intermediates=True)[1]
-        torch.testing.assert_close(states["mean of the patches"][1], seen["tokens"][1][:, model.pool == "cls":].mean(1))
+        kinds = ["mean of the patches", "class token"]
+        assert list(states) == kinds[:2 if model.pool == "cls" else 1]
+        for tokens, pooled in zip(seen["tokens"], states["mean of the patches"], strict=True):
+            torch.testing.assert_close(pooled, tokens[:, model.num_prefix_tokens:].mean(1))
+        if model.pool == "cls":
+            torch.testing.assert_close(states["class token"][1], seen["tokens"][1][:, 0])
+
         answers = inside.head_answers(model, images)
         assert torch.equal(answers[-1], model(images).argmax(1))
-        assert [answer is None for answer in answers] == [tokens.shape[-1] != seen["tokens"][-1].shape[-1] for tokens in seen["tokens"]]
+        fits = [width == model.widths[-1] for width in model.widths]
+        assert [answer is not None for answer in answers] == fits
 
 
-@torch.no_grad()
-def test_covariances_are_of_the_tokens_that_matter(inside, grey_vit, rgb_tower):
-    for model, images in ((grey_vit, torch.randn(7, 1, 8, 8)), (rgb_tower, torch.randn(7, 3, 12, 12))):
-        tokens = model(images, return_intermediates=True)[1]["tokens"]
-        tokens[-1] = tokens[-1][:, :1] if model.pool == "cls" else tokens[-1]
-        for found, vectors in zip(inside.covariances(model, images.split(3)), tokens):
-            torch.testing.assert_close(found, vectors.flatten(0, 1).double().T.cov(correction=0), atol=1e-6, rtol=1e-5)
+def test_covariances_are_of_the_tokens_that_matter(inside, grey_vit, rgb_tower, merging):
+    for model in (grey_vit, rgb_tower, merging):
+        images, seen = intermediates(model, 7)
+        tokens, last = seen["tokens"][:-1], seen["tokens"][-1]
+        read = last[:, :1] if model.pool == "cls" else last[:, model.num_prefix_tokens:]
+        found = inside.covariances(model, images.split(3))
+        for covariance, vectors in zip(found, [*tokens, read], strict=True):
+            expected = vectors.flatten(0, 1).double().T.cov(correction=0)
+            torch.testing.assert_close(covariance, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_rank_and_new_room(inside):
-    shares = inside.spectrum(torch.diag(torch.tensor([0.0, 2, 2, 2, 0])).double())
-    assert shares.tolist() == pytest.approx([1 / 3] * 3 + [0] * 2) and inside.effective_rank(shares) == pytest.approx(3)
-    projection = torch.randn(12, 8)                                                     # a block that grows from 8 to 12
-    assert inside.share_in_new_room(projection.double() @ projection.double().T, projection) == pytest.approx(0, abs=1e-6)
-    assert inside.share_in_new_room(torch.eye(12).double(), projection) == pytest.approx(4 / 12)
+    fractions = inside.spectrum(torch.diag(torch.tensor([0.0, 2, 2, 2, 0])).double())
+    assert fractions.tolist() == pytest.approx([1 / 3] * 3 + [0] * 2)
+    assert inside.effective_rank(fractions) == pytest.approx(3)
+    projection = torch.randn(12, 8)                         # a block that grows from 8 to 12
+    carried = projection.double() @ projection.double().T
+    assert inside.fraction_in_new_room(carried, projection) == pytest.approx(0, abs=1e-6)
+    assert inside.fraction_in_new_room(torch.eye(12).double(), projection) == pytest.approx(4 / 12)
 
 
 def test_linear_probe(inside):
     labels = torch.arange(300) % 3
     telling = F.one_hot(labels, 3) + 0.1 * torch.randn(300, 3)
-    assert inside.linear_probe(telling[:200], labels[:200], telling[200:], labels[200:], 3) == 1
-    same = torch.ones(300, 4)                                                           # a class token before the first block
-    assert inside.linear_probe(same[:200], labels[:200], same[200:], labels[200:], 3) == pytest.approx(1 / 3, abs=0.01)
+    same = torch.ones(300, 4)                               # a class token before the first block
+    scores = [inside.linear_probe(x[:200], labels[:200], x[200:], labels[200:], 3)
+              for x in (telling, same)]
+    assert scores == [1, pytest.approx(1 / 3, abs=0.01)]
 
 
-# ---- does it know how sure it may be
+# ---- does it know how confident it may be
+
+def two_logits(confidence):
+    """Logits of two classes that give the first this probability."""
+    return [math.log(confidence), math.log(1 - confidence)]
+
 
 def test_calibration_by_hand(inside):
-    sure = lambda confidence: [math.log(confidence), math.log(1 - confidence)]
-    error, rows = inside.calibration(torch.tensor([sure(0.75)] * 4), torch.tensor([0, 0, 0, 1]))
-    assert error == pytest.approx(0, abs=1e-6) and rows.tolist() == [pytest.approx([0.75, 0.75, 1], abs=1e-6)]
-    logits = torch.tensor([sure(0.75)] * 4 + [sure(0.95)] * 12)
+    logits = torch.tensor([two_logits(0.75)] * 4)
+    error, rows = inside.calibration(logits, torch.tensor([0, 0, 0, 1]))
+    assert error == pytest.approx(0, abs=1e-6)
+    assert rows.tolist() == [pytest.approx([0.75, 0.75, 1], abs=1e-6)]
+
+    logits = torch.tensor([two_logits(0.75)] * 4 + [two_logits(0.95)] * 12)
     error, rows = inside.calibration(logits, torch.tensor([0, 0, 1, 1] + [0] * 6 + [1] * 6))
     assert error == pytest.approx(0.25 * 0.25 + 0.75 * 0.45, abs=1e-6)
-    assert rows.tolist() == [pytest.approx([0.75, 0.5, 0.25], abs=1e-6), pytest.approx([0.95, 0.5, 0.75], abs=1e-6)]
-    assert inside.calibration(torch.tensor([[50.0, 0]]), torch.tensor([1]))[0] == pytest.approx(1)        # certain and wrong
+    assert rows.tolist() == [pytest.approx([0.75, 0.5, 0.25], abs=1e-6),
+                             pytest.approx([0.95, 0.5, 0.75], abs=1e-6)]
+
+    certain_and_wrong = torch.tensor([[50.0, 0]])
+    assert inside.calibration(certain_and_wrong, torch.tensor([1]))[0] == pytest.approx(1)
 
 
 # ---- the whole notebook
 
-AFTERWARDS = """
-from datetime import datetime, timezone
-before = screen.value
-sliders["block"].value = 1
-assert screen.value != before and sliders["head"].max == models[first].blocks[0].attention.qkv.out_features // 3 // config["head_dim"]
-before = screen.value
-sliders["start"].value = 2
-assert screen.value != before
+def use_widgets(notebook):
+    """Move the sliders and upload files, as a person would; `notebook`: its globals().
 
-def give(name, content):
-    upload.value = ({"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": datetime.now(timezone.utc)},)
+    A cell behind the notebook's last calls this, in the notebook's kernel.
+    """
+    move_sliders(**{name: notebook[name] for name in ("sliders", "screen", "square", "model")})
+    names = ("upload", "invert", "result", "trouble")
+    upload_files(**{name: notebook[name] for name in names})
 
-buffer = io.BytesIO()
-Image.new("CMYK", (50, 31), (200, 10, 90, 0)).save(buffer, format="JPEG")
-before = result.value
-give("photo.jpg", buffer.getvalue())
-assert result.value != before and trouble.value == ""
-before = result.value
-invert.value = True
-assert result.value != before
-give("letter.png", b"Dear reader")
-assert "letter.png cannot be read as a picture" in trouble.value
+
+def move_sliders(sliders, screen, square, model):
+    """The sliders follow the block's heads and grid, and the frame its patches."""
+    before = screen.value
+    sliders["block"].value = 1
+    assert screen.value != before
+    assert sliders["head"].max == 2
+    assert sliders["start"].max == model.grids[1] ** 2 == 16
+
+    before = screen.value
+    sliders["start"].value = 16
+    assert screen.value != before
+    assert (square.get_xy(), square.get_width()) == ((12, 12), 4)
+    sliders["block"].value = 2                      # four tokens, so patch 16 is out of reach
+    assert sliders["start"].max == sliders["start"].value == 4
+    assert (square.get_xy(), square.get_width()) == ((8, 8), 8)
+
+
+def upload_files(upload, invert, result, trouble):
+    """An image of another mode is classified; what is no image is refused in words."""
+    def give(name, content):
+        now = datetime.now(timezone.utc)
+        upload.value = ({"name": name, "type": "", "size": len(content),
+                         "content": memoryview(content), "last_modified": now},)
+
+    buffer = io.BytesIO()
+    Image.new("CMYK", (50, 31), (200, 10, 90, 0)).save(buffer, format="JPEG")
+    before = result.value
+    give("photo.jpg", buffer.getvalue())
+    assert result.value != before
+    assert trouble.value == ""
+
+    before = result.value
+    invert.value = True
+    assert result.value != before
+    give("letter.png", b"Dear reader")
+    assert "letter.png cannot be read as an image" in trouble.value
+
+
+AFTERWARDS = f"""
+sys.path.append({str(Path(__file__).parent)!r})
+import test_inside
+test_inside.use_widgets(globals())
 """
 
 
-def execute(path, cwd=vit_helpers.NOTEBOOKS, **parameters):
-    return papermill.execute_notebook(path, None, parameters=parameters, kernel_name="python3", cwd=cwd, progress_bar=False)
+def execute(path, **parameters):
+    return papermill.execute_notebook(path, None, parameters=parameters, kernel_name="python3",
+                                      cwd=vit_helpers.NOTEBOOKS, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
-def pooled_run(tmp_path_factory):
-    """A short run of a mean-pooled TowerViT on a folder of colour pictures whose classes have long names."""
-    folder, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name, color in (("a class whose name would not fit any axis", (220, 30, 30)), ("blue/green".replace("/", " or "), (20, 90, 200)), ("c", (240, 240, 60))):
+def merging_run(tmp_path_factory):
+    """A short run of a mean-pooled, merging TowerViT on a folder of images in colour."""
+    folder, numbers = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    classes = {"a class whose name would not fit any axis": (220, 30, 30),
+               "blue or_green": (20, 90, 200), "c": (240, 240, 60)}
+    for name, color in classes.items():
         (folder / name).mkdir()
         for i in range(20):
-            Image.fromarray(np.clip(draws.normal(color, 40, (20, 26, 3)), 0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
-    execute(vit_helpers.NOTEBOOKS / "06_run.ipynb", dataset=str(folder), model="towervit", pool="mean", image_size=12, patch_size=4, dims="16,24",
-            head_dim=8, epochs=2, batch_size=16, run="pooled")
-    return "pooled"
+            pixels = np.clip(numbers.normal(color, 40, (20, 26, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    execute(vit_helpers.NOTEBOOKS / "06_run.ipynb", dataset=str(folder), model="towervit",
+            pool="mean", merge_at="2", image_size=16, patch_size=4, dims="16,24", head_dim=8,
+            epochs=2, batch_size=16, run="merging")
+    return "merging"
 
 
-def test_notebook_on_an_rgb_mean_pooled_tower(pooled_run, tmp_path):
+@pytest.fixture(scope="module")
+def outputs(merging_run, tmp_path_factory):
+    """(outputs of the notebook on that run, the folder that it drew into)."""
+    folder = tmp_path_factory.mktemp("inside")
     notebook = nbformat.read(vit_helpers.NOTEBOOKS / "08_inside.ipynb", 4)
     notebook.cells.append(nbformat.v4.new_code_cell(AFTERWARDS))
-    nbformat.write(notebook, tmp_path / "04.ipynb")
-    done = execute(tmp_path / "04.ipynb", run=pooled_run, compare_with="", output=str(tmp_path / "out"))
-    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    shown = json.dumps([output for output in outputs if output.output_type != "display_data" or "image/png" not in output.data])
-    assert str(tmp_path) not in shown and str(vit_helpers.ROOT) not in shown
-    pictures = {path.stem.partition("-inside-")[2] for path in (tmp_path / "out" / "img").glob("*.png")}
-    assert pictures >= {"filters", "positions", "distance", "attention", "probe", "widths", "confusion", "calibration"}
-    assert len([output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]) == 2
+    nbformat.write(notebook, folder / "08.ipynb")
+    done = execute(folder / "08.ipynb", run=merging_run, compare_with=None,
+                   output=str(folder / "out"))
+    cells = [cell for cell in done.cells if cell.cell_type == "code"]
+    return [output for cell in cells for output in cell.outputs], folder
+
+
+def test_notebook_on_a_merging_mean_pooled_rgb_tower(outputs):
+    found, folder = outputs
+    assert not [each for each in found if each.output_type == "error"]
+    assert not [each for each in found if each.get("name") == "stderr"]
+    drawn = {path.stem.partition("-inside-")[2] for path in (folder / "out" / "img").glob("*.png")}
+    assert drawn >= {"filters", "positions", "distance", "attention", "probe", "widths",
+                     "confusion", "calibration"}
+    widget = "application/vnd.jupyter.widget-view+json"
+    assert len([each for each in found if widget in each.get("data", {})]) == 2
+
+
+def test_outputs_name_no_folder_and_fit_the_screen(outputs):
+    found, folder = outputs
+    texts = [each for each in found if "image/png" not in each.get("data", {})]
+    shown = json.dumps(texts)
+    assert str(folder) not in shown
+    assert str(vit_helpers.ROOT) not in shown
+    lines = [line for each in found for line in each.get("text", "").splitlines()]
+    assert [line for line in lines if len(line) > SCREEN] == []
+    assert not [each for each in found if each.output_type == "execute_result"]
+
+
+def test_a_run_that_is_not_finished_is_refused(merging_run):
+    unfinished = vit_helpers.RUNS / "unfinished"
+    unfinished.mkdir()
+    config = (vit_helpers.RUNS / merging_run / "config.json").read_text()
+    (unfinished / "config.json").write_text(config)
+    sentence = "run unfinished .* it is not finished"
+    with pytest.raises(papermill.PapermillExecutionError, match=sentence):
+        execute(vit_helpers.NOTEBOOKS / "08_inside.ipynb", run="unfinished", compare_with=None)

@@ -1,4 +1,5 @@
-"""train_job.sh on a real SLURM: two virtual nodes on this machine (up.sh), gloo, real notebooks, real signals."""
+"""train_job.sh on a real SLURM: two virtual nodes on this machine (up.sh), gloo, real notebooks,
+real signals.  Their GPUs are none, so the jobs say `device cpu`."""
 import json
 import os
 import shutil
@@ -7,13 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+
 import vit_helpers
 from jobs import SCRIPT, SMALL, untimed
 
 HERE = Path(__file__).parent
 missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
-pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root")
-EPOCHS = 50             # some 30 seconds with the start of it all: within 30 SLURM has warned `timed`
+REASON = f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root"
+pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=REASON)
+EPOCHS = 50             # some 30 s with the start of it all: within 30 SLURM has warned `timed`
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 TWO = ["--gpus-per-node=2", "--nodes=1"]
 
 
@@ -30,21 +34,27 @@ def slurm(tmp_path_factory):
 
 def submit(tmp_path, *options, run, parameters=()):
     """sbatch train_job.sh; returns the job's number."""
-    command = ["sbatch", "--parsable", f"--chdir={tmp_path}", *options, str(SCRIPT), *SMALL, "-r", "run", run, *map(str, parameters)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.strip()
+    command = ["sbatch", "--parsable", f"--chdir={tmp_path}", *options, str(SCRIPT), *SMALL,
+               "-p", "device", "cpu", "-r", "run", run, *map(str, parameters)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True,
+                           stdin=subprocess.DEVNULL)
+    return shown.stdout.strip()
 
 
 def job(number):
     """The fields of scontrol's record of a job."""
-    shown = subprocess.run(["scontrol", "-o", "show", "job", number], capture_output=True, text=True).stdout
-    return dict(word.split("=", 1) for word in shown.split("\n")[0].split() if "=" in word)
+    command = ["scontrol", "-o", "show", "job", number]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    words = shown.stdout.split("\n")[0].split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait(number, tmp_path, states=("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"), seconds=300):
+def wait(number, tmp_path, states=ENDED, seconds=300):
     """Wait until the job is in one of these states; returns its record."""
     deadline = time.monotonic() + seconds
     while job(number).get("JobState") not in states:
-        assert time.monotonic() < deadline, f"job {number} is {job(number).get('JobState')}\n" + log_of(number, tmp_path)
+        state = job(number).get("JobState")
+        assert time.monotonic() < deadline, f"job {number} is {state}\n{log_of(number, tmp_path)}"
         time.sleep(0.5)
     return job(number)
 
@@ -57,7 +67,8 @@ def log_of(number, tmp_path):
 def wait_for_line(number, tmp_path, text, seconds=200):
     deadline = time.monotonic() + seconds
     while text not in log_of(number, tmp_path):
-        assert time.monotonic() < deadline and job(number)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), log_of(number, tmp_path)
+        going = job(number)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING")
+        assert time.monotonic() < deadline and going, log_of(number, tmp_path)
         time.sleep(0.2)
 
 
@@ -69,43 +80,52 @@ def test_one_task_equals_bash(tmp_path, whole):
     number = submit(tmp_path, run="slurm/one")
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
     assert untimed("slurm/one") == untimed("whole")
-    assert (vit_helpers.RUNS / "slurm" / "one" / "06_run.ipynb").exists() and "epoch  12/12  loss" in log_of(number, tmp_path)
+    assert (vit_helpers.RUNS / "slurm" / "one" / "06_run.ipynb").exists()
+    assert "epoch  12/12  loss" in log_of(number, tmp_path)
     assert not list(vit_helpers.RUNS.glob(".job-*"))
 
 
 def test_preempted_and_out_of_time_two_ranks_end_as_if_undisturbed(tmp_path):
     """Three alike: one in peace, one out of time, one preempted."""
     epochs = ["-p", "epochs", EPOCHS]
-    timed = submit(tmp_path, *TWO, "--time=1", "--signal=B:USR1@30", "--nodelist=n1", run="slurm/timed", parameters=epochs)
+    timed = submit(tmp_path, *TWO, "--time=1", "--signal=B:USR1@30", "--nodelist=n1",
+                   run="slurm/timed", parameters=epochs)
     preempted = submit(tmp_path, *TWO, "--nodelist=n2", run="slurm/preempted", parameters=epochs)
     wait_for_line(preempted, tmp_path, f"epoch   3/{EPOCHS}")
-    subprocess.run(["sbatch", "-p", "high", "--nodelist=n2", "--gpus-per-node=2", "--exclusive", f"--chdir={tmp_path}", "--wrap", "sleep 2"], check=True)
+    subprocess.run(["sbatch", "-p", "high", "--nodelist=n2", "--gpus-per-node=2", "--exclusive",
+                    f"--chdir={tmp_path}", "--wrap", "sleep 2"], check=True)
     while job(timed)["Restarts"] == "0":
-        assert job(timed)["JobState"] in ("RUNNING", "COMPLETING", "PENDING"), log_of(timed, tmp_path)
+        going = job(timed)["JobState"] in ("RUNNING", "COMPLETING", "PENDING")
+        assert going, log_of(timed, tmp_path)
         time.sleep(0.5)
-    subprocess.run(["scontrol", "update", f"JobId={timed}", "TimeLimit=10"], check=True)       # once is enough
+    subprocess.run(["scontrol", "update", f"JobId={timed}", "TimeLimit=10"], check=True)    # once
     records = {number: wait(number, tmp_path) for number in (preempted, timed)}
     undisturbed = submit(tmp_path, *TWO, run="slurm/two", parameters=epochs)
     assert wait(undisturbed, tmp_path)["JobState"] == "COMPLETED", log_of(undisturbed, tmp_path)
-    assert config("slurm/two")["ranks"] == 2 and config("slurm/two")["threads"] == max(1, os.cpu_count() // 2)
+    assert config("slurm/two")["ranks"] == 2
+    assert config("slurm/two")["threads"] == max(1, os.cpu_count() // 2)
     for number, record in records.items():
-        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, log_of(number, tmp_path)
-    assert "TERM: the training saves" in log_of(preempted, tmp_path) and "USR1: the training saves" in log_of(timed, tmp_path)
+        ended_well = record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1
+        assert ended_well, log_of(number, tmp_path)
+    assert "TERM: the training saves" in log_of(preempted, tmp_path)
+    assert "USR1: the training saves" in log_of(timed, tmp_path)
     assert untimed("slurm/preempted") == untimed("slurm/timed") == untimed("slurm/two")
 
 
 def test_two_nodes_and_a_failing_rank(tmp_path):
-    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/four", parameters=["-p", "epochs", 1])
+    both = ["--nodes=2", "--gpus-per-node=2"]
+    number = submit(tmp_path, *both, run="slurm/four", parameters=["-p", "epochs", 1])
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
     assert config("slurm/four")["ranks"] == 4
-    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/failing", parameters=["-p", "epochs", 200])
+    number = submit(tmp_path, *both, run="slurm/failing", parameters=["-p", "epochs", 200])
     wait_for_line(number, tmp_path, "epoch   1/200")
     for kernel in processes(RANK="3", SLURM_JOB_ID=number):
         if "ipykernel_launcher" in command_of(kernel):
             os.kill(kernel, 9)
     started = time.monotonic()
     record = wait(number, tmp_path)
-    assert record["JobState"] == "FAILED" and record["Restarts"] == "0" and time.monotonic() - started < 60
+    assert record["JobState"] == "FAILED" and record["Restarts"] == "0"
+    assert time.monotonic() - started < 60
     assert not processes(SLURM_JOB_ID=number)
 
 
@@ -117,15 +137,18 @@ def test_a_cancelled_job_stays_cancelled(tmp_path):
     assert record["JobState"] == "CANCELLED" and record["Restarts"] == "0"
     time.sleep(3)
     assert job(number)["JobState"] == "CANCELLED" and not processes(SLURM_JOB_ID=number)
-    assert vit_helpers.load_checkpoint(vit_helpers.SAVED_MODELS / "slurm" / "cancelled" / "last.pt")["epoch"] >= 2
+    last = vit_helpers.SAVED_MODELS / "slurm" / "cancelled" / "last.pt"
+    assert vit_helpers.load_checkpoint(last)["epoch"] >= 2
 
 
 def test_an_array_trains_a_seed_a_task(tmp_path):
     number = submit(tmp_path, "--array=0-2", run="slurm/array", parameters=["-p", "epochs", 1])
     for task in range(3):
-        assert wait(f"{number}_{task}", tmp_path)["JobState"] == "COMPLETED"
+        name = f"{number}_{task}"
+        assert wait(name, tmp_path)["JobState"] == "COMPLETED", log_of(name, tmp_path)
     runs = vit_helpers.read_runs(["slurm/array-*"])
-    assert [run["config"]["seed"] for run in runs] == [0, 1, 2] and len({run["results"]["val_loss"] for run in runs}) == 3
+    assert [run["config"]["seed"] for run in runs] == [0, 1, 2]
+    assert len({run["results"]["val_loss"] for run in runs}) == 3
 
 
 def command_of(process):
@@ -134,7 +157,8 @@ def command_of(process):
 
 def processes(**marks):
     """The processes that have these variables in their environment."""
-    wanted, found = {f"{name}={value}".encode() for name, value in marks.items()}, []
+    wanted = {f"{name}={value}".encode() for name, value in marks.items()}
+    found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if wanted <= set(path.read_bytes().split(b"\0")):

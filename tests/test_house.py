@@ -1,0 +1,204 @@
+"""How the suite is built: who loads whom, what the helper holds, and what a fifth model takes."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import vit_helpers
+
+NAMES = sorted(path.stem for path in vit_helpers.NOTEBOOKS.glob("*.ipynb"))
+HELPER = vit_helpers.ROOT / "vit_helpers.py"
+
+
+def code_of(name, exported=False):
+    """The code of a notebook's cells, or of its exported cells."""
+    cells = vit_helpers.notebook_cells(vit_helpers.NOTEBOOKS / f"{name}.ipynb")
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return "\n\n".join(source for source in sources
+                       if source.startswith("#| export") or not exported)
+
+
+def loads(source):
+    """The notebooks that a source names as a text of its own: `load_notebook("02_data")` under
+    whatever alias, a default value, a key of sys.modules."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return sorted(set(NAMES) & {node.value for node in nodes if isinstance(node.value, str)})
+
+
+def test_a_notebook_loads_only_notebooks_with_smaller_numbers():
+    graph = {name: [other for other in loads(code_of(name)) if other != name] for name in NAMES}
+    for name, others in graph.items():
+        print(f"{name} -> {', '.join(others) or 'nothing'}")
+    wrong = [(name, other) for name, others in graph.items() for other in others if other > name]
+    assert wrong == []
+
+
+def test_the_helper_loads_the_models_alone():
+    assert loads(HELPER.read_text()) == ["01_models"]
+
+
+def test_the_graph_would_show_an_arrow_by_another_name():
+    assert loads("load = vit_helpers.load_notebook\nf = load('09_questions').f") == ["09_questions"]
+
+
+@pytest.mark.parametrize("name, allowed", [("01_models", {"torch"}),
+                                           ("03_augmentation", {"torch", "torchvision"})])
+def test_exports_that_others_may_copy_import_torch_only(name, allowed):
+    tree = ast.parse(code_of(name, exported=True))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    packages = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names)
+    assert packages <= allowed
+
+
+def test_what_the_helper_holds_is_used():
+    """By more than one notebook, by the contract (DESIGN), make, train_job.sh or the helper."""
+    contract = {"check_parameters", "default_parameters", "load_notebook", "load_model", "predict",
+                "read_history", "read_image", "build_model", "normalise", "print_runs"}
+    tree = ast.parse(HELPER.read_text())
+    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    inside = {node.id for node in ast.walk(tree)
+              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    users = {name: [notebook for notebook in NAMES if re.search(rf"\b{name}\b", code_of(notebook))]
+             for name in defined - contract - inside}
+    print("\n".join(f"{name}: {', '.join(others)}" for name, others in sorted(users.items())))
+    assert {name for name, others in users.items() if len(others) < 2} == set()
+
+
+def test_the_sections_of_the_helper():
+    """Printed, for whoever wants to know where its lines are (pytest -s)."""
+    sections = re.split(r"^# -+ (.*)$", HELPER.read_text(), flags=re.M)
+    counts = {}
+    for title, text in zip(["imports", *sections[1::2]], sections[0::2], strict=True):
+        lines = [line.strip() for line in text.splitlines()]
+        counts[title] = sum(bool(line) and not line.startswith("#") for line in lines)
+    print(counts, "in all", sum(counts.values()))
+    assert list(counts)[1:] == ["notebooks as modules", "parameters",
+                                "devices, ranks, random numbers", "images",
+                                "files and checkpoints", "run folders", "trained models", "figures"]
+
+
+# ---- a fifth model: one class and one entry
+
+CLASS = '''#| export
+class RegisterViT(ViT):
+    """A ViT with learned tokens that are nobody's patch.  Darcet et al. 2023, arXiv:2309.16588."""
+
+    def __init__(self, registers=2, **others):
+        super().__init__(**others)
+        self.registers = nn.Parameter(0.5 * torch.randn(1, registers, self.widths[0]))
+        self.num_prefix_tokens += registers
+
+    def embed_images(self, images):
+        x = super().embed_images(images)
+        registers = self.registers.expand(x.shape[0], -1, -1)
+        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+
+
+def with_registers(dims, shared):
+    """The ViT's widths, and three registers."""
+    return {"dims": dims, "registers": 3}
+
+
+MODELS["vit-registers"] = {"class": "RegisterViT", "label": "ViT with registers",
+                           "color": "#56B4E9", "widths": with_registers}
+'''
+TINY = ["-p", "dims", "16,32", "-p", "head_dim", "8", "-p", "epochs", "5"]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """A copy of the suite with a fifth model, and an environment in which to use it."""
+    place = tmp_path_factory.mktemp("fifth") / "suite"
+    shutil.copytree(vit_helpers.NOTEBOOKS, place / "notebooks")
+    for name in ("vit_helpers.py", "train_job.sh"):
+        shutil.copy(vit_helpers.ROOT / name, place)
+    (place / ".venv").symlink_to(vit_helpers.ROOT / ".venv")
+    path = place / "notebooks" / "01_models.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"].append({"cell_type": "code", "id": "fifth", "metadata": {}, "outputs": [],
+                              "execution_count": None, "source": CLASS.splitlines(keepends=True)})
+    path.write_text(json.dumps(notebook))
+    return place
+
+
+def run_in(suite, *command):
+    """A command in the copy of the suite, with runs of its own; returns the finished process."""
+    environment = {**os.environ, "VIT_HOME": str(suite), "VIT_CWD": str(suite),
+                   "PATH": f"{suite / '.venv/bin'}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=suite, env=environment, capture_output=True, text=True,
+                          timeout=300)
+
+
+def test_a_fifth_model_goes_the_whole_way(suite, tmp_path):
+    """Trained, compared and looked into, by one entry and one class."""
+    for model in ("vit-registers", "vit"):
+        shown = run_in(suite, "bash", "train_job.sh", "-p", "model", model, *TINY)
+        assert shown.returncode == 0, shown.stdout + shown.stderr
+    config = json.loads(next(suite.glob("runs/*vit-registers*/config.json")).read_text())
+    assert config["class"] == "RegisterViT" and config["model_settings"]["registers"] == 3
+    runs = sorted(path.name for path in suite.glob("runs/digits-*"))
+    papermill = ["papermill", "-k", "python3", "--cwd", str(suite / "notebooks"),
+                 "--no-progress-bar", "--log-level", "ERROR"]
+    shown = run_in(suite, *papermill, "notebooks/07_comparison.ipynb", str(tmp_path / "07.ipynb"),
+                   "-r", "runs", "digits-*", "-r", "output", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert "ViT with registers" in (tmp_path / "README.md").read_text()
+    shown = run_in(suite, *papermill, "notebooks/08_inside.ipynb", str(tmp_path / "08.ipynb"),
+                   "-r", "run", runs[0], "-r", "compare_with", runs[1])
+    assert shown.returncode == 0, shown.stderr
+
+
+CONTESTANTS = "import vit_helpers; print(*vit_helpers.load_notebook('01_models').MODELS)"
+
+
+def test_an_unknown_model_is_refused_before_any_work(suite):
+    shown = run_in(suite, "bash", "train_job.sh", "-p", "model", "vit-registerz", *TINY)
+    last = shown.stderr.strip().splitlines()[-1]
+    assert shown.returncode != 0
+    assert "model is 'vit-registerz', did you mean 'vit-registers'" in last
+    assert not list(suite.glob("runs/*registerz*"))
+    names = run_in(suite, "python", "-c", CONTESTANTS).stdout.split()
+    assert names == ["vit", "towervit", "towervit-wide", "towervit-matched", "vit-registers"]
+
+
+# ---- what earlier versions wrote
+
+PUBLISHED = sorted(str(path.parent.relative_to(vit_helpers.ROOT / "runs"))
+                   for path in (vit_helpers.ROOT / "runs" / "published").rglob("config.json"))
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_every_published_run_can_be_read(run):
+    found = vit_helpers.read_run(vit_helpers.find_run(run))
+    known = set(vit_helpers.default_parameters()) - {"threads"}
+    assert known <= set(found["config"])
+    assert found["results"]["epochs"] == len(found["history"]["epoch"])
+    predictions = vit_helpers.read_predictions(run)
+    accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).double().mean().item()
+    assert accuracy == pytest.approx(found["results"]["test_accuracy"], abs=0.002)
+    assert len(predictions["images"]) == len(predictions["indices"])
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_the_settings_of_every_published_run_are_still_the_same_run(run):
+    """The command that made it would be the same run today: nothing in it has another meaning."""
+    config = json.loads((vit_helpers.find_run(run) / "config.json").read_text())
+    running = vit_helpers.load_notebook("06_run")
+    known = set(vit_helpers.default_parameters()) - vit_helpers.NOT_COMPARED
+    settings = vit_helpers.renamed_config(config)
+    given = {name: value for name, value in settings.items() if name in known}
+    given["dims"], given["merge_at"] = ",".join(map(str, given["dims"])), ""
+    today = running.resolve({**vit_helpers.default_parameters(), **given, "run": "same"})
+    facts = {name: settings[name] for name in vit_helpers.DATA_FACTS}
+    configured = running.configure(today, settings["in_channels"], settings["num_classes"])
+    vit_helpers.refuse_changes(config, {**configured, **facts}, "published")
+    assert configured["class"] == settings["class"]
+    model = vit_helpers.build_model(configured)
+    assert vit_helpers.load_notebook("01_models").count_parameters(model) == config["parameters"]
