@@ -353,6 +353,7 @@ def open_image(source):
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
     image = source if isinstance(source, Image.Image) else Image.open(source)
+    image.load()                        # an image that is damaged in its middle is an error
     try:
         return ImageOps.exif_transpose(image)
     except Exception:                   # of whatever kind: odd EXIF data must not cost an image

@@ -1,4 +1,4 @@
-// Scroll through the notebook of `count` cells that JupyterLab shows; measure each once it is drawn.
+// Scroll through the notebook that JupyterLab shows, of `count` cells; measure each one, once drawn.
 // Returns one entry per cell: its index, its number of outputs, what is too wide, what was shrunk.
 //
 // JupyterLab breaks lines of text output, even inside words, and shrinks images: neither is ever
@@ -17,12 +17,24 @@ async count => {
         return box.height > 0 && box.bottom > view.top && box.top < view.bottom;
     }
 
+    // Whether MathJax still has to set a formula: its dollars stand in the text.
+    function hasRawFormula(cell) {
+        for (const place of all(cell, ".jp-RenderedHTMLCommon")) {
+            const texts = document.createTreeWalker(place, NodeFilter.SHOW_TEXT);
+            while (texts.nextNode()) {
+                const text = texts.currentNode;
+                if (/\$[^$]+\$/.test(text.data) && !text.parentElement.closest("code")) return true;
+            }
+        }
+        return false;
+    }
+
     function isDrawn(cell) {
         const markdown = cell.classList.contains("jp-MarkdownCell");
         const content = cell.querySelector(markdown ? ".jp-RenderedMarkdown > *" : ".cm-line");
         const images = all(cell, ".jp-OutputArea-output img, .jp-RenderedMarkdown img");
         const outputs = all(cell, ".jp-OutputArea-output");
-        return content !== null && images.every(image => image.complete)
+        return content !== null && !hasRawFormula(cell) && images.every(image => image.complete)
             && outputs.every(output => output.childNodes.length > 0);
     }
 
@@ -89,8 +101,7 @@ async count => {
                 const index = Number(cell.dataset.windowedListIndex);
                 if (!measured.has(index)) measured.set(index, {index, ...measure(cell)});
             }
-            panel.scrollTop += panel.clientHeight / 2;
-            await frame();
+            panel.scrollTop += 0.9 * panel.clientHeight;
         }
     }
 

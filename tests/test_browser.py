@@ -1,5 +1,7 @@
-"""JupyterLab and TensorBoard in a real browser, started by `make lab` and `make tensorboard` on a copy of the suite."""
+"""JupyterLab and TensorBoard in a real browser, started by `make lab` and `make tensorboard` on a
+copy of the suite: does it run, and does it fit on the screen?"""
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -8,69 +10,123 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+
 import vit_helpers
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SIZE = {"width": 1440, "height": 900}                   # of the window: a common laptop's
+MEASURE = (Path(__file__).parent / "screen.js").read_text()
+NAMES = sorted(path.stem for path in vit_helpers.NOTEBOOKS.glob("*.ipynb"))
 
+
+# ---- the servers and the browser
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """A copy of what a clone holds, so that nothing here is changed."""
+    """A copy of what a clone holds, so that nothing here is changed. stored/ has the notebooks as
+    they are; those in notebooks/ are run, 06 with few epochs."""
     copy = tmp_path_factory.mktemp("browser") / "suite"
     copy.mkdir()
-    for name in ("vit_helpers.py", "Makefile", "requirements.txt"):
+    for name in ("vit_helpers.py", "Makefile", "requirements.txt", "constraints.txt"):
         shutil.copy2(vit_helpers.ROOT / name, copy)
     for name in ("notebooks", "runs/published", "saved_models/published"):
         shutil.copytree(vit_helpers.ROOT / name, copy / name)
+    shutil.copytree(vit_helpers.NOTEBOOKS, copy / "stored")
     (copy / ".venv").symlink_to(vit_helpers.ROOT / ".venv")
     path = copy / "notebooks" / "06_run.ipynb"
-    path.write_text(path.read_text().replace('"epochs = 0 ', '"epochs = 4 '))
+    whole = path.read_text()
+    few = whole.replace('"epochs = None', '"epochs = 4')
+    assert few != whole
+    path.write_text(few)
     return copy
+
+
+def jupyter_settings(suite):
+    """JupyterLab as it is when new, whatever its settings are here, and without its question about
+    news; returns the folder."""
+    folder = suite / "jupyter"
+    extension = folder / "lab/user-settings/@jupyterlab/apputils-extension"
+    path = extension / "notification.jupyterlab-settings"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    return folder
 
 
 def serve(suite, target, options, pattern):
     """`make <target>`; returns the process and the address that it prints."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VIT_")}
-    log = open(suite / f"{target}.log", "w+")
-    process = subprocess.Popen(["make", target, options], cwd=suite, stdout=log, stderr=subprocess.STDOUT, env=clean, start_new_session=True)
+    clean["JUPYTER_CONFIG_DIR"] = str(jupyter_settings(suite))
+    log = suite / f"{target}.log"
+    command = ["make", "--old-file", ".venv/done", target, options]     # .venv is used as it is
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=suite, stdout=file, stderr=subprocess.STDOUT,
+                                   env=clean, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (found := re.search(pattern, (suite / f"{target}.log").read_text())) or not listening(process):
-        assert process.poll() is None and time.monotonic() < deadline, (suite / f"{target}.log").read_text()
+    while not (found := re.search(pattern, log.read_text())) or not listening(process):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
     return process, found.group(0)
 
 
 def listening(process):
     """The addresses that a process and its children listen on."""
+    parent = psutil.Process(process.pid)
     found = set()
-    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):                 # make's own children come and go
-            found |= {each.laddr.ip for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    for one in [parent, *parent.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):     # make's own children come and go
+            found |= {each.laddr.ip for each in one.net_connections("inet")
+                      if each.status == psutil.CONN_LISTEN}
     return found
 
 
 @pytest.fixture(scope="module")
 def lab(suite):
-    process, address = serve(suite, "lab", "LAB_OPTIONS=--no-browser --allow-root --ServerApp.port=0 --LabApp.news_url=",
+    options = "LAB_OPTIONS=--no-browser --allow-root --ServerApp.port=0"
+    process, address = serve(suite, "lab", options,
                              r"http://(localhost|127\.0\.0\.1):\d+/lab\S*token=\w+")
     yield process, address
     os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def browser():
+    """Chromium as people see it: scroll bars take their place."""
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser.new_page(viewport={"width": 1400, "height": 1000})
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS,
+                                             ignore_default_args=["--hide-scrollbars"])
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport=SIZE)
+    yield page
+    page.close()
+
+
+def code_cells(path):
+    """The code cells of a notebook that hold code."""
+    cells = nbformat.read(path, 4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source]
+
+
+def open_notebook(page, address, path):
+    """Open a notebook of the suite, `notebooks/01_models.ipynb`, in a JupyterLab as it is when
+    new."""
+    base, token = re.match(r"(.*)/lab.*token=(\w+)", address).groups()
+    page.goto(f"{base}/lab/tree/{path}?token={token}&reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.locator(".jp-DirListing-item").first.wait_for()    # the list of files takes its place
 
 
 def screenshot(page, name):
@@ -87,10 +143,112 @@ def test_servers_are_for_this_machine_and_the_token_alone(lab):
     urllib.request.urlopen(re.sub(r"/lab.*\?", "/api/contents?", address))
 
 
+# ---- the screen: everything is as wide as its place at most
+
+def without_kernel(page):
+    """Leave JupyterLab's wish for a kernel unanswered: stored outputs need none."""
+    def answer(route):
+        if route.request.method != "POST":
+            route.continue_()
+    page.route(re.compile("/api/sessions"), answer)
+
+
+def look(page, path):
+    """Measure every cell of the notebook that is open, of which path is the file; returns what is
+    too wide."""
+    cells = nbformat.read(path, 4).cells
+    measured = {each["index"]: each for each in page.evaluate(MEASURE, len(cells))}
+    assert sorted(measured) == list(range(len(cells)))
+    wide, shrunk = [], []
+    for index, cell in enumerate(cells):
+        found = measured[index]
+        assert bool(found["outputs"]) >= bool(cell.get("outputs")), f"cell {index}: not drawn"
+        title = f"{path.stem}, cell {index}, {cell.source[:40]!r}"
+        wide += [f"{title}: {what}" for what in found["wide"]]
+        shrunk += [f"{title}: {what}" for what in found["shrunk"]]
+    code = sum(cell.cell_type == "code" for cell in cells)
+    outputs = sum(each["outputs"] for each in measured.values())
+    print(f"{path.stem}: {code} code cells, {outputs} outputs, {len(wide)} too wide")
+    for line in dict.fromkeys(shrunk):
+        print(line)
+    return wide
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_wider_than_the_screen(lab, page, suite, name):
+    path = suite / "stored" / f"{name}.ipynb"
+    assert any(cell.outputs for cell in code_cells(path)), f"no outputs: make notebooks ONLY={name}"
+    without_kernel(page)
+    open_notebook(page, lab[1], f"stored/{name}.ipynb")
+    wide = look(page, path)
+    if "VIT_SCREENSHOTS" in os.environ:
+        screenshots_of_screens(page, name, 4 if name == "04_training" else 1)
+        screenshot_of_table(page, name)
+    assert wide == []
+
+
+def screenshots_of_screens(page, name, number):
+    """The first screens of the notebook that is open."""
+    panel = page.locator(".jp-WindowedPanel-outer").first
+    for index in range(number):
+        panel.evaluate("(panel, index) => { panel.scrollTop = index * panel.clientHeight }", index)
+        page.wait_for_timeout(500)
+        screenshot(page, f"{name}_screen{index + 1}")
+
+
+def screenshot_of_table(page, name):
+    """The first table among the outputs of the notebook that is open, if it has one."""
+    table = page.locator(".jp-OutputArea-output table")
+    if table.count():
+        table.first.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        screenshot(page, f"{name}_table")
+
+
+def html_table(columns):
+    """A table of one row."""
+    cells = "".join(f"<td>column{index}</td>" for index in range(columns))
+    return f"<table><tr>{cells}</tr></table>"
+
+
+def shown(kind, text):
+    """A cell with an output of that kind."""
+    if kind == "text/plain":
+        output = nbformat.v4.new_output("stream", text=text)
+    else:
+        output = nbformat.v4.new_output("display_data", {kind: text})
+    return nbformat.v4.new_code_cell("show()", outputs=[output])
+
+
+def test_what_is_too_wide_is_seen(lab, page, suite):
+    """One cell of each kind that fits, and one that does not."""
+    new_code, new_markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    pairs = [
+        [new_code(f'x = "{"a" * size}"') for size in (94, 150)],
+        [new_markdown(f"```\n{'code ' * size}\n```") for size in (20, 40)],
+        [new_markdown("|" + "column|" * size + "\n|" + "-|" * size) for size in (8, 30)],
+        [shown("text/plain", f"short\n{'word ' * size}\n") for size in (20, 40)],
+        [shown("text/plain", f"{'a' * size}\n" * 2) for size in (100, 150)],
+        [shown("text/html", html_table(size)) for size in (8, 30)],
+        [shown("text/markdown", f"$${'x + ' * size} x$$") for size in (10, 80)],
+    ]
+    path = suite / "stored" / "faults.ipynb"
+    notebook = nbformat.read(suite / "stored" / "01_models.ipynb", 4)
+    notebook.cells = [cell for pair in pairs for cell in pair]
+    nbformat.write(notebook, path)
+    without_kernel(page)
+    open_notebook(page, lab[1], "stored/faults.ipynb")
+    found = [re.search(r"cell (\d+),.*: (\w+) of", each).groups() for each in look(page, path)]
+    assert found == [("1", "code"), ("3", "line"), ("5", "text"), ("7", "line"), ("9", "line"),
+                     ("11", "output"), ("13", "output")]
+
+
+# ---- Run All Cells
+
 def click_run_all(page):
     """Choose Run All Cells in the menu Run."""
     run_all_cells = page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$"))
-    while not run_all_cells.is_visible():                               # the menu fills up while JupyterLab starts
+    while not run_all_cells.is_visible():           # the menu fills up while JupyterLab starts
         page.keyboard.press("Escape")
         page.wait_for_timeout(500)
         page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -98,71 +256,75 @@ def click_run_all(page):
     run_all_cells.click()
 
 
-def run_all(page, address, path):
-    """Open a notebook and Run All Cells; returns its code cells as JupyterLab saved them, once all have run or one has failed."""
-    base, token = re.match(r"(.*)/lab.*token=(\w+)", address).groups()
-    page.goto(f"{base}/lab/tree/notebooks/{path.name}?token={token}&reset")
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    click_run_all(page)
-    deadline, again = time.monotonic() + 240, time.monotonic() + 45
-    while True:
-        page.wait_for_timeout(1000)
-        page.keyboard.press("Control+s")
-        page.wait_for_timeout(1000)
-        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and cell.source]
-        if all(cell.execution_count for cell in cells) or errors(cells):
-            return cells
-        if time.monotonic() > again and not any(cell.execution_count for cell in cells):       # clicked before JupyterLab was listening
-            click_run_all(page)
-            again += 45
-        assert time.monotonic() < deadline, f"{path.name}: {sum(bool(cell.execution_count) for cell in cells)} of {len(cells)} cells have run"
-
-
 def errors(cells):
     """What the cells raised."""
     return [output for cell in cells for output in cell.outputs if output.output_type == "error"]
 
 
-@pytest.mark.parametrize("name", ["01_models", "06_run", "07_comparison", "08_inside"])
-def test_run_all_cells(lab, page, suite, name):
-    path = suite / "notebooks" / f"{name}.ipynb"
-    before = nbformat.read(path, 4)
-    for cell in before.cells:
+def run_all(page, path):
+    """Run All Cells of the notebook that is open; returns its code cells as JupyterLab saved them,
+    once all have run or one has failed."""
+    click_run_all(page)
+    deadline, again = time.monotonic() + 240, time.monotonic() + 45
+    while True:
+        page.wait_for_timeout(500)
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(500)
+        cells = code_cells(path)
+        done = [cell for cell in cells if cell.execution_count]
+        if len(done) == len(cells) or errors(cells):
+            return cells
+        if not done and time.monotonic() > again:   # clicked before JupyterLab was listening
+            click_run_all(page)
+            again += 45
+        assert time.monotonic() < deadline, f"{path.stem}: {len(done)} of {len(cells)} cells ran"
+
+
+def clear_outputs(path):
+    """As if the notebook had never been run."""
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(before, path)
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.parametrize("name", ["01_models", "04_training", "06_run", "07_comparison",
+                                  "08_inside"])
+def test_run_all_cells(lab, page, suite, name):
+    path = suite / "notebooks" / f"{name}.ipynb"
+    clear_outputs(path)
     started = time.monotonic()
-    cells = run_all(page, lab[1], path)
+    open_notebook(page, lab[1], f"notebooks/{name}.ipynb")
+    cells = run_all(page, path)
     assert not errors(cells)
     print(f"{name}: {len(cells)} cells in {time.monotonic() - started:.0f} s")
     screenshot(page, name)
+    assert look(page, path) == []                   # now with sliders and progress bars
     if name == "08_inside":
-        slider_moves_the_picture(page)
+        slider_moves_the_figure(page)
 
 
-def slider_moves_the_picture(page):
+def slider_moves_the_figure(page):
     """The arrow key on a slider's handle draws another attention map."""
     handle = page.locator(".widget-slider .noUi-handle").first
-    page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => { panel.scrollTop = panel.scrollHeight * 0.75 }")
-    for _ in range(40):                                                 # cells out of sight are not drawn: scroll until it is there
-        if handle.count() and handle.is_visible():
-            break
-        page.mouse.wheel(0, -600)
-        page.wait_for_timeout(150)
     handle.scroll_into_view_if_needed()
-    picture = page.locator(".widget-image").first
-    before = picture.get_attribute("src")
+    figure = page.locator(".widget-image").first
+    before = figure.get_attribute("src")
     handle.press("ArrowRight")
     deadline = time.monotonic() + 10
-    while picture.get_attribute("src") == before:
-        assert time.monotonic() < deadline, "the picture stayed as it was"
+    while figure.get_attribute("src") == before:
+        assert time.monotonic() < deadline, "the figure stayed as it was"
         page.wait_for_timeout(20)
     page.wait_for_timeout(500)
     screenshot(page, "08_slider")
 
 
+# ---- TensorBoard
+
 def test_tensorboard_shows_the_published_scalars(suite, page):
-    process, address = serve(suite, "tensorboard", "TENSORBOARD_OPTIONS=--port 0", r"http://localhost:\d+")
+    process, address = serve(suite, "tensorboard", "TENSORBOARD_OPTIONS=--port 0",
+                             r"http://localhost:\d+")
     try:
         assert listening(process) <= {"127.0.0.1", "::1"}
         page.goto(f"{address}/#timeseries")
