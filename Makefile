@@ -16,11 +16,12 @@ BENCH ?= runs/bench.json
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-setup: .venv/done   ## make .venv and install requirements.txt (LOCKED=1: the exact versions of the published results)
-.venv/done: requirements.txt $(if $(LOCKED),constraints.txt)
+STAMP := .venv/done$(if $(LOCKED),-locked)
+setup: $(STAMP)     ## make .venv and install requirements.txt (LOCKED=1: in the versions of constraints.txt)
+$(STAMP): requirements.txt $(if $(LOCKED),constraints.txt)
 	python3 -m venv .venv
 	pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
-	touch $@
+	touch .venv/done $@
 
 train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
