@@ -62,6 +62,15 @@ results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make res
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
 	@$(PYTHON) "$(LOAD) load('11_results').retest('$(or $(RUNS),published/**)'.split())"
 
+predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folder or files" [OUTPUT=found.csv]
+	@$(if $(and $(RUN),$(IMAGES)),,echo 'say which: make predict RUN=pets IMAGES="folder or files"  (make runs lists the runs)' >&2; exit 2)
+	@python scripts/predict.py $(if $(OUTPUT),--output "$(OUTPUT)") "$(RUN)" $(IMAGES)
+
+export: setup   ## a folder for the Hugging Face hub: make export RUN=pets [OUTPUT=folder] [REPLACE=1]
+	@$(if $(RUN),,echo 'say which: make export RUN=pets  (make runs lists the runs)' >&2; exit 2)
+	@pip install -q --disable-pip-version-check onnx onnxscript onnxruntime safetensors
+	@python scripts/export.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(REPLACE),--replace) "$(RUN)"
+
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it: make notebooks [ONLY=04_training]
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
 	@for name in $(or $(ONLY),$(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))); do \
@@ -78,4 +87,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test lint figures compare runs published study bench results retest notebooks data lab tensorboard
+.PHONY: help setup train test lint figures compare runs published study bench results retest predict export notebooks data lab tensorboard
