@@ -1,16 +1,15 @@
 # `make` lists the commands.  Each sets up what it needs in .venv first.
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-ifdef VIT_HOME
-export VIT_HOME := $(abspath $(VIT_HOME))
-endif
+# What is relative, such as VIT_HOME, is meant from here.
 export VIT_CWD := $(CURDIR)
 QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
-PAPERMILL := papermill $(QUIET)
+PAPERMILL := python -W ignore -m papermill $(QUIET)
 PYTHON := python -c
 LOAD := import vit_helpers; load = vit_helpers.load_notebook;
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
+COLOUR ?= runs/published/colour.jsonl
 BENCH ?= runs/bench.json
 
 help:           ## this list
@@ -20,27 +19,25 @@ STAMP := .venv/done$(if $(LOCKED),-locked)
 setup: $(STAMP)     ## make .venv and install requirements.txt (LOCKED=1: in the versions of constraints.txt)
 $(STAMP): requirements.txt $(if $(LOCKED),constraints.txt)
 	python3 -m venv .venv
-	pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
+	python -m pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
 	touch .venv/done $@
 
 train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
 
 test: setup lint    ## all tests, the notebooks among them
-	pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
+	python -m pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks --nbval-lax --nbval-current-env
 
 lint: setup     ## what a reader would trip over, in .py files and notebooks
-	ruff check .
+	python -m ruff check .
 
 figures: setup  ## draw every figure in img/, fill the tables of README.md and RESULTS.md from runs/published/
-	@mkdir -p runs
 	@for name in 07_comparison 08_inside 09_questions 10_throughput 11_results; do \
-	    $(PAPERMILL) notebooks/$$name.ipynb runs/.figures.ipynb -r output . || exit; done
+	    $(PAPERMILL) notebooks/$$name.ipynb /dev/null -r output . || exit; done
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
-	@mkdir -p runs
-	@$(PAPERMILL) notebooks/07_comparison.ipynb runs/.figures.ipynb -r runs "$(RUNS)" -r output "$(OUT)"
+	@$(PAPERMILL) notebooks/07_comparison.ipynb /dev/null -r runs "$(RUNS)" -r output "$(OUT)"
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
@@ -50,10 +47,10 @@ published: setup   ## train the published runs where they are missing (over an h
 	@$(PYTHON) "$(LOAD) load('11_results').train_published()"
 
 study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
-	@$(PYTHON) "$(LOAD) load('09_questions').run_study('$(SUMMARY)')"
+	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"
 
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour): make bench [IMAGES=folder]
-	pip install -q --disable-pip-version-check timm vit-pytorch
+	python -m pip install -q --disable-pip-version-check timm vit-pytorch
 	@$(PYTHON) "$(LOAD) load('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
 
 results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
@@ -68,13 +65,13 @@ predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folde
 
 export: setup   ## a folder for the Hugging Face hub: make export RUN=pets [OUTPUT=folder] [REPLACE=1]
 	@$(if $(RUN),,echo 'say which: make export RUN=pets  (make runs lists the runs)' >&2; exit 2)
-	@pip install -q --disable-pip-version-check onnx onnxscript onnxruntime safetensors
+	@python -m pip install -q --disable-pip-version-check onnx onnxscript onnxruntime safetensors
 	@python scripts/export.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(REPLACE),--replace) "$(RUN)"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it: make notebooks [ONLY=04_training]
 	@rm -rf runs/.notebooks && mkdir -p runs/.notebooks
 	@for name in $(or $(ONLY),$(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))); do \
-	    echo $$name; VIT_HOME=$(CURDIR)/runs/.notebooks $(PAPERMILL) notebooks/$$name.ipynb runs/.notebooks/out.ipynb >/dev/null || exit; \
+	    echo $$name; VIT_HOME="$(CURDIR)/runs/.notebooks" $(PAPERMILL) notebooks/$$name.ipynb runs/.notebooks/out.ipynb >/dev/null || exit; \
 	    python tests/strip_notebook.py runs/.notebooks/out.ipynb notebooks/$$name.ipynb || exit; done
 
 data: setup     ## fetch a data set for machines without a network: make data DATASET=cifar10
@@ -82,9 +79,9 @@ data: setup     ## fetch a data set for machines without a network: make data DA
 	@$(PYTHON) "$(LOAD) print(len(load('02_data').load_data('$(DATASET)').train), 'training images in', vit_helpers.DATA)"
 
 lab: setup      ## open the suite in JupyterLab, on this machine only
-	jupyter lab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
+	python -m jupyterlab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
 
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
-	tensorboard --logdir "$${VIT_HOME:-.}/runs" --host localhost $(TENSORBOARD_OPTIONS)
+	python -m tensorboard.main --logdir "$$($(PYTHON) 'import vit_helpers; print(vit_helpers.RUNS)')" --host localhost $(TENSORBOARD_OPTIONS)
 
 .PHONY: help setup train test lint figures compare runs published study bench results retest predict export notebooks data lab tensorboard

@@ -20,31 +20,65 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -uo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh train_job.sh
+if [ "${BASH_SOURCE[0]}" != "$0" ]; then                # an exit would end the shell
+    echo "train_job: run it, bash ${BASH_SOURCE[0]} …, rather than source it"
+    return 2
+fi
+set +o posix -uo pipefail
+unset CDPATH        # with it, cd would print, and might go elsewhere
 {                   # read to its end before anything runs: an update does not reach a running job
 say() { echo "$(date +%T) train_job: $*"; }
 
-# As a batch job, this is a copy in SLURM's spool folder; the job's record knows the original.
-script=$(readlink -f "${BASH_SOURCE[0]}") job=""        # it may have been called by a link
+# The script may have been called by a link.  As a batch job, it is a copy in SLURM's spool folder;
+# the job's record knows the original, with its options after it.
+script=${BASH_SOURCE[0]} job=""
+follow() {
+    while [ -L "$script" ]; do
+        local link; link=$(readlink "$script")
+        case $link in /*) script=$link ;; *) script=$(dirname "$script")/$link ;; esac
+    done
+}
+follow
 if [ ! -e "$(dirname "$script")/vit_helpers.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     job=$SLURM_JOB_ID
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    script=$(scontrol -o show job "$job" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
+    script=$(scontrol -o show job "$job" | sed -n 's/.* Command=\(.*\) WorkDir=.*/\1/p')
+    while [ ! -e "$script" ] && [ "$script" != "${script% *}" ]; do script=${script% *}; done
+    follow
 fi
-ROOT=$(dirname "$(readlink -f "$script")") || exit 1
+ROOT=$(cd "$(dirname "$script")" && pwd -P) && [ -e "$ROOT/vit_helpers.py" ] || {
+    say "there is no vit_helpers.py beside $script: it belongs into the project's folder"
+    exit 1
+}
 VIT_HOME=${VIT_HOME:-$ROOT} VIT_CWD=${VIT_CWD:-$PWD}
-mkdir -p "$VIT_HOME/runs" && VIT_HOME=$(cd "$VIT_HOME" && pwd) || exit 1
+case $VIT_HOME in
+    "~"|"~/"*) VIT_HOME=${HOME:-}${VIT_HOME#"~"} ;;     # it was in quotes
+    /*) ;;
+    *) VIT_HOME=$VIT_CWD/$VIT_HOME ;;
+esac
+if ! mkdir -p "$VIT_HOME/runs" 2>/dev/null || [ ! -w "$VIT_HOME/runs" ]; then
+    say "cannot write to $VIT_HOME/runs: set VIT_HOME to a folder that you may write to"
+    exit 1
+fi
+VIT_HOME=$(cd "$VIT_HOME" && pwd)
 NPROC=${NPROC:-1} NODES=1
 [ -n "$job" ] && NPROC=${SLURM_GPUS_ON_NODE:-1} NODES=${SLURM_NNODES:-1}
 export ROOT VIT_HOME VIT_CWD NPROC NODES
 set +u                                              # module files and conda know no `set -u`
 # shellcheck disable=SC1090,SC1091
 if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"
-elif [ -d "$ROOT/.venv" ]; then . "$ROOT/.venv/bin/activate"
+elif [ -d "$ROOT/.venv" ]; then                         # wherever it was moved to
+    PATH=$ROOT/.venv/bin:$PATH; unset PYTHONHOME
 fi
 set -u
-if ! command -v papermill >/dev/null; then
-    say "no papermill: run \`make setup\` in $ROOT, or name a file to source in VIT_SETUP"
+cd "$ROOT" || exit 1    # what lies where this was typed, a random.py say, must not be imported
+find_papermill='import importlib.util as u, sys; sys.exit(not u.find_spec("papermill"))'
+if ! python -c "$find_papermill" 2>/dev/null; then
+    say "no papermill in $(command -v python || echo 'a Python, for there is none'):" \
+        "run \`make setup\` in $ROOT (delete .venv first, if there is one from elsewhere;" \
+        "without make: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt)," \
+        "or name a file to source in VIT_SETUP"
     exit 1
 fi
 
@@ -60,11 +94,14 @@ while [ $# -gt 0 ]; do
     esac
     shift 3
 done
+for name in model prefix seed; do                       # None: left open
+    [ "${!name}" = None ] && printf -v "$name" ""
+done
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 contestants() {
-    cd "$ROOT" || exit
     python -c "import vit_helpers; print(*vit_helpers.load_notebook('01_models').MODELS)"
 }
-models=${model:-$(contestants)}
+models=${model:-$(contestants)} || exit 1
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     if [ -n "$seed" ]; then
         say "in an array, the task's number is the seed: leave out -p seed"
@@ -80,6 +117,10 @@ for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do                # of scripts tha
 done
 export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME@$$}
 rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
+if [ ! -w "${HOME:-/nowhere}" ]; then                   # a container's, or none: what needs one
+    export IPYTHONDIR=$VIT_JOB/ipython JUPYTER_RUNTIME_DIR=$VIT_JOB/jupyter
+    export MPLCONFIGDIR=$VIT_JOB/matplotlib HOME=${HOME:-$VIT_JOB}
+fi
 # shellcheck disable=SC2317                         # called by the traps
 asked() {
     if [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ]; then
@@ -95,7 +136,7 @@ trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
 export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
 if [ "$NODES" -gt 1 ]; then
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-    if ! getent hosts "$HEAD" >/dev/null; then
+    if ! getent hosts "$HEAD" >/dev/null 2>&1; then
         HEAD=$(scontrol show node "$HEAD" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     fi
 fi
@@ -106,8 +147,8 @@ quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption
 rank() {
     local code errors="$VIT_JOB/errors${RANK:-0}"
     for _ in 1 2 3; do
-        papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" -k python3 \
-            --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
+        python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
+            -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
             --stdout-file - --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
         code=$?
         sleep 1
@@ -125,20 +166,22 @@ node() {
             rank "$@"
             exit
         fi
-        cores=$(nproc)
+        cores=$(python -c "import os
+print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+        [ "${SLURM_CPUS_PER_TASK:-$cores}" -lt "$cores" ] && cores=$SLURM_CPUS_PER_TASK
         if [ "$cores" -lt "$NPROC" ]; then
             echo "train_job: $NPROC processes share $cores cores; ask for more" \
                 "(sbatch --cpus-per-task=…)"
         fi
         threads=$((cores / NPROC > 0 ? cores / NPROC : 1))
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-        exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" \
+        exec python -m torch.distributed.run --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" \
             --nproc-per-node="$NPROC" --master-addr="$HEAD" --master-port="$PORT" \
             --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
             bash -c 'rank "$@"' rank "$@" ) &
     wait_for $!
 }
-wait_for() {                    # a trap ends a `wait`: wait again until the process itself has ended
+wait_for() {                # a trap ends a `wait`: wait again until the process itself has ended
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1" 2>/dev/null
 }
@@ -168,8 +211,7 @@ done
 state=$([ -n "$job" ] && scontrol -o show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
 if [ "$code" = 0 ]; then
     echo
-    cd "$ROOT" &&
-        python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
+    python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
     echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`),"
     echo "the models with the lowest validation loss in $VIT_HOME/saved_models."
 elif [ ! -e "$VIT_JOB/stop" ]; then

@@ -10,17 +10,19 @@ import contextlib
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import linecache
+import logging
 import math
 import numbers
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent
-TYPED_IN = os.environ.get("VIT_CWD") or os.environ.get("PWD") or os.getcwd()
-# VIT_HOME: another place for data, runs and checkpoints, such as a cluster's scratch disk.
-HOME = Path(os.path.abspath(os.path.join(TYPED_IN, os.environ.get("VIT_HOME") or ROOT)))
+# VIT_HOME: another place for data, runs and checkpoints, such as a cluster's scratch disk.  A
+# relative one is meant where the command was typed; a kernel's PWD is where JupyterLab was started.
+KERNELS_PWD = os.environ.get("PWD") if "ipykernel" in sys.modules else None
+TYPED_IN = os.environ.get("VIT_CWD") or KERNELS_PWD or os.getcwd()
+HOME = Path(os.path.abspath(os.path.join(
+    TYPED_IN, os.path.expanduser(os.environ.get("VIT_HOME") or ROOT))))
 DATA, RUNS, SAVED_MODELS = HOME / "data", HOME / "runs", HOME / "saved_models"
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -71,25 +76,26 @@ def load_notebook(name):
 
     The module enters `sys.modules` before its code runs (dataclasses and pickle look it up there)
     and each cell's source enters `linecache`, so that a traceback shows the line and names the
-    cell.  It is loaded again only if an exported cell has changed.
+    cell.  It is loaded again only if an exported cell has changed.  Its own name begins with a
+    letter: TorchScript writes it into a traced model, and could not read it otherwise.
     """
     digest = code_hash(name)
     earlier = sys.modules.get(name)
     if getattr(earlier, "__code_hash__", None) == digest:
         return earlier
-    module = types.ModuleType(name)
+    module = types.ModuleType(f"notebook_{name}")
     module.__code_hash__ = digest
     module.__file__ = str(NOTEBOOKS / f"{name}.ipynb")
-    sys.modules[name] = module
+    sys.modules[name] = sys.modules[module.__name__] = module
     try:
         for number, source in exported_cells(name):
             where = f"{name}.ipynb, cell {number}"
             linecache.cache[where] = (len(source), None, source.splitlines(keepends=True), where)
             exec(compile(source, where, "exec"), module.__dict__)
     except BaseException:
-        sys.modules.pop(name)
+        del sys.modules[name], sys.modules[module.__name__]
         if earlier is not None:
-            sys.modules[name] = earlier
+            sys.modules[name] = sys.modules[module.__name__] = earlier
         raise
     return module
 
@@ -113,9 +119,11 @@ PARAMETERS = {
     "compile": (bool, False), "workers": (int, 2), "run": (str, None),
 }
 RANGES = [      # names, whether a value is in their range, and the range in words
-    ("epochs batch_size micro_batch_size image_size patch_size depth head_dim threads",
+    ("epochs batch_size micro_batch_size image_size patch_size depth head_dim",
      lambda value: value >= 1, "1 or more"),
-    ("seed workers", lambda value: value >= 0, "0 or more"),
+    ("threads", lambda value: 1 <= value <= 1024, "from 1 to 1024"),
+    ("seed", lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}"),
+    ("workers", lambda value: value >= 0, "0 or more"),
     ("learning_rate grad_clip warmup_epochs weight_decay pos_embed_std",
      lambda value: 0 <= value < math.inf, "a finite number, 0 or more"),
     ("mlp_ratio", lambda value: 0 < value < math.inf, "a finite number above 0, usually 2 to 4"),
@@ -136,62 +144,128 @@ def check_parameters(namespace, known=None):
     """A notebook's parameters out of its `globals()`, each checked for its name and type.
 
     known: {name: (type, default)}; those of 06_run if left out.  Call it after the parameters cell.
-    None means 'left open' and becomes the default.  ValueError names a parameter that the notebook
-    does not know (papermill only warns of one) or a value of the wrong type.
+    None means 'left open' and becomes the default; so does a parameter whose line was deleted from
+    the cell before this was run again.  ValueError names a parameter that the notebook does not
+    know (papermill only warns of one) or a value of the wrong type.
     """
     known = known or PARAMETERS
-    for name in sorted(unknown_names(namespace.get("In", []), known)):
+    unknown, deleted = names_given(namespace.get("In", []), known)
+    for name in sorted(unknown):
         raise ValueError(f"unknown parameter {name!r}{did_you_mean(name, known)}"
-                         f" The parameters are: {', '.join(known)}")
-    return {name: as_type(name, namespace.get(name), kind, default)
+                         f" The parameters are: {', '.join(known)}; let the name of a variable of "
+                         "your own begin with _")
+    return {name: as_type(name, None if name in deleted else namespace.get(name), kind, default)
             for name, (kind, default) in known.items()}
 
 
-def unknown_names(sources, known):
-    """Names given values in the last cell that papermill injected, or in the parameters cell, that
-    are no parameters.  In the parameters cell a name that the cell itself reads is a variable."""
-    unknown, parameters_cell = set(), None
-    for source in sources:
-        assigned, read = names_in(source)
-        if source.startswith("# Parameters"):
-            unknown = assigned - set(known)
-        elif 2 * len(assigned & set(known)) >= len(known):
-            parameters_cell = {name for name in assigned - read if not name.startswith("_")}
-    return unknown | ((parameters_cell or set()) - set(known))
+def names_given(sources, known):
+    """(unknown, deleted) names, by the cells that were run.
+
+    unknown: given values in the last cell that papermill injected, or in the parameters cell, and
+    no parameters.  Variables are none: names that the cell itself reads, and those of loops, `with`
+    and several on a line, unless they look like a parameter misspelt.
+    deleted: parameters of an earlier version of the parameters cell that the last one lacks, and
+    that no cell after it sets.
+    """
+    cells = [(is_injected(source), *names_in(source)) for source in sources
+             if "check_parameters(" not in source]
+    shares = [len(assigned & set(known)) for injected, assigned, _, _ in cells if not injected]
+    enough = min((len(known) + 1) // 2, max(shares, default=0)) or 1        # to be that cell
+    by_papermill, of_cell, deleted, before = set(), set(), set(), set()
+    for injected, assigned, alone, read in cells:
+        shared = assigned & set(known)
+        deleted -= shared
+        if injected:
+            by_papermill = assigned
+        elif len(shared) >= enough:
+            misspelt = {name for name in assigned if did_you_mean(name, known) != "."}
+            of_cell = {name for name in (alone | misspelt) - read if not name.startswith("_")}
+            if len(shared) > max(4, len(known) // 2):
+                deleted, before = deleted | before - shared, shared
+    return (by_papermill | of_cell) - set(known), deleted
+
+
+def is_injected(source):
+    """Whether papermill wrote a cell: nothing but names and plain values."""
+    return source.startswith("# Parameters") and not names_in(source)[2] - {"float"}
+
+
+OWN_NAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp,
+             ast.SetComp, ast.DictComp, ast.GeneratorExp)   # what these assign is their own
 
 
 def names_in(source):
-    """The names that a cell's top-level assignments give values to, and the names that it reads."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return set(), set()
-    assignments = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    assigned = {node.id for assignment in assignments for node in ast.walk(assignment)
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    read = {node.id for node in ast.walk(tree)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return assigned, read
+    """The names that a cell gives values to, in loops and conditions, too; those of them in lines
+    such as `name = value`; and the names that it reads."""
+    assigned, alone, read, nodes = set(), set(), set(), [parsed(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name):
+            (assigned if isinstance(node.ctx, ast.Store) else read).add(node.id)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            alone.update(target.id for target in targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            read.add(node.target.id)                        # epochs += 1
+        if isinstance(node, OWN_NAMES):
+            read.update(each.id for each in ast.walk(node) if isinstance(each, ast.Name))
+        else:
+            nodes.extend(ast.iter_child_nodes(node))
+    return assigned, alone, read
+
+
+def parsed(source):
+    """The syntax tree of a cell, IPython's magics and commands of the shell among it; an empty one
+    of what is no Python, such as a cell of %%bash."""
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    with contextlib.suppress(SyntaxError, ValueError):
+        return compile(source, "cell", "exec", flags)
+    from IPython.core.inputtransformer2 import TransformerManager
+    source = re.sub(r"\A\s*%%(time|timeit|capture|prun)\b.*", "", source)     # Python below it
+    with contextlib.suppress(SyntaxError, ValueError):
+        return compile(TransformerManager().transform_cell(source), "cell", "exec", flags)
+    return ast.Module([], [])
 
 
 def as_type(name, value, kind, default=None):
-    """`value` as `kind`: papermill's -p makes 7 of 007, 'true' of true and 2e5 a float."""
+    """`value` as `kind`: papermill's -p makes 7 of 007, 'true' of true and 2e5 a float; a cell may
+    hold numbers and arrays of numpy's or torch's, ranges, lists, paths."""
+    value = plain(value)
     if value is None or value == "None":
         return default
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         if kind is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        if kind is str and isinstance(value, (list, tuple)):            # dims = [64, 96]
-            return ",".join(str(int(part)) for part in value)
-        if kind is str and isinstance(value, (str, numbers.Real, os.PathLike)):
+        if kind is str and isinstance(value, list):                     # dims = [64, 96]
+            return ",".join(as_item(part) for part in value)
+        if kind is str and isinstance(value, (str, numbers.Real, os.PathLike, torch.device)):
             if not isinstance(value, bool):
                 return str(value)
         if kind in (int, float) and isinstance(value, (str, numbers.Real)):
             number = float(value)
             if not isinstance(value, bool) and (kind is float or number.is_integer()):
                 return kind(number) if kind is float or isinstance(value, str) else int(value)
-    raise ValueError(f"parameter {name!r} is {value!r}, but it must be {kind.__name__}"
+    raise ValueError(f"parameter {name!r} is {shortened(value)}, but it must be {kind.__name__}"
                      f"{'' if default is None else f', like {default!r}'}")
+
+
+def plain(value):
+    """Numbers of numpy and torch as Python's, arrays of them, tuples and ranges as lists."""
+    if isinstance(value, np.floating):
+        return float(str(value))                            # .1 in single precision is .1
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def as_item(part):
+    """A word or a whole number out of a list, as text; ValueError for anything else."""
+    part = plain(part)
+    if isinstance(part, str):
+        return part
+    if isinstance(part, bool) or int(part) != part:
+        raise ValueError(f"{part!r} is no whole number")
+    return str(int(part))
 
 
 def check_ranges(parameters):
@@ -200,20 +274,24 @@ def check_ranges(parameters):
         for name in names.split():
             value = parameters.get(name)
             if value is not None and not fits(value):
-                raise ValueError(f"{name} is {value}; it must be {rule}")
+                raise ValueError(f"{name} is {shortened(value)}; it must be {rule}")
 
 
 def one_of(name, value, allowed):
-    """`value`, if it is one of `allowed`; else a ValueError that lists them."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}{did_you_mean(value, allowed)}"
-                         f" Allowed: {', '.join(allowed)}")
-    return value
+    """`value`, if it is one of `allowed` but for capitals, as it is spelled there; else a
+    ValueError that lists them."""
+    if value in allowed:
+        return value
+    for word in allowed:
+        if word.lower() == str(value).lower():
+            return word
+    raise ValueError(f"{name} is {value!r}{did_you_mean(value, allowed)}"
+                     f" Allowed: {', '.join(allowed)}")
 
 
 def did_you_mean(name, known):
     """", did you mean 'sgd'?" where a known name is near, else a full stop."""
-    near = difflib.get_close_matches(str(name), list(known), 1)
+    near = difflib.get_close_matches(str(name).lower(), list(known), 1)
     return f", did you mean {near[0]!r}?" if near else "."
 
 
@@ -265,15 +343,52 @@ def default_device():
 def given_gpus():
     """What says that this process was given NVIDIA GPUs, or "" if nothing does."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return f"CUDA_VISIBLE_DEVICES={visible}" if visible.strip() not in ("", "-1") else ""
-    if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
-        return f"SLURM_GPUS_ON_NODE={os.environ['SLURM_GPUS_ON_NODE']}"
-    if shutil.which("nvidia-smi"):
-        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        if shown.startswith("GPU"):
-            return f"nvidia-smi: {shown.splitlines()[0]}"
-    return ""
+    if visible is not None:             # SLURM says NoDevFiles, and CUDA stops at what is no GPU
+        is_gpu = re.match(r"\d|GPU-|MIG-", visible.strip())
+        return f"CUDA_VISIBLE_DEVICES={visible}" if is_gpu else ""
+    by_slurm = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if by_slurm:
+        return f"SLURM_GPUS_ON_NODE={by_slurm}" if by_slurm != "0" else ""
+    try:
+        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    said = (shown.stdout + shown.stderr).strip().splitlines()
+    there = said and (said[0].startswith("GPU") or "version mismatch" in said[0])
+    return f"nvidia-smi: {said[0]}" if there else ""
+
+
+def available_cores():
+    """How many cores this process may use: by its affinity, its SLURM task, its container."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):                    # Linux
+        cores = len(os.sched_getaffinity(0))
+    task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(cores, int(task) if task.isdigit() else cores, cpu_quota()))
+
+
+def cpu_quota(root=Path("/sys/fs/cgroup")):
+    """The CPUs' worth of time that a container has (docker run --cpus 2), rounded up; infinite if
+    there is no such limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:                                                # cgroups of version 1
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return math.inf
+    return math.inf if quota in ("max", "-1\n") else math.ceil(int(quota) / int(period))
+
+
+def usual_threads():
+    """The threads of a rank on a CPU: OMP_NUM_THREADS or MKL_NUM_THREADS if they say a number, else
+    its part of the cores that may be used here."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        first = os.environ.get(name, "").split(",")[0].strip()      # "4,2": of nested regions
+        if first.isdigit() and int(first) > 0:
+            return int(first)
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def ranks():
@@ -330,8 +445,12 @@ def read_image(source, channels, size):
     """
     try:
         image = open_image(source)
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = Image.fromarray(as_bytes(np.asarray(image)))
+        if image.mode == "La":                                      # premultiplied, as resized
+            image = image.convert("LA")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -342,17 +461,21 @@ def read_image(source, channels, size):
         pixels = torch.from_numpy(np.asarray(image).copy())         # (S, S) or (S, S, 3)
         return pixels.view(size, size, channels).permute(2, 0, 1)   # (C, S, S)
     except Exception as error:                  # Pillow raises a dozen kinds for broken files
-        name = source if isinstance(source, (str, Path)) else type(source).__name__
+        is_path = isinstance(source, (str, Path))
+        name = os.path.abspath(source) if is_path else type(source).__name__
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def open_image(source):
     """Whatever `read_image` takes as a PIL image, upright."""
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return image_of_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, (str, Path)) or hasattr(source, "read"):
+        image = Image.open(source)
+    else:
+        return image_of_array(source)
     image.load()                        # an image that is damaged in its middle is an error
     try:
         return ImageOps.exif_transpose(image)
@@ -361,44 +484,60 @@ def open_image(source):
 
 
 def image_of_array(values):
-    """A PIL image of an array or tensor (H, W), (H, W, C) or (C, H, W) with 1 to 4 channels.
-
-    Where both ends could be the channels, an array's are last and a tensor's first.
-    """
-    channels_first = isinstance(values, torch.Tensor)
-    array = values.detach().cpu().numpy() if channels_first else values
+    """A PIL image of an array, tensor or nested list (H, W), (H, W, C) or (C, H, W) with 1 to 4
+    channels.  Where both ends could be the channels, an array's are last and a tensor's first."""
+    array, channels_first = to_array(values), isinstance(values, torch.Tensor)
     if array.ndim == 3:
         fits = [end for end in (0, -1) if array.shape[end] in (1, 2, 3, 4)]
         if not fits:
-            raise ValueError(f"its shape is {array.shape}, in which no end is 1 to 4 channels")
+            raise ValueError(f"its shape is {array.shape}, in which no end is 1 to 4 channels; "
+                             "many grey images are (B, H, W, 1) or (B, 1, H, W)")
         if fits[0 if channels_first else -1] == 0:
             array = array.transpose(1, 2, 0)
         array = array[..., 0] if array.shape[-1] == 1 else array
     if array.ndim != 2 and array.ndim != 3:
         raise ValueError(f"its shape is {array.shape}; one image is (H, W), (H, W, C) or (C, H, W)")
+    if array.size == 0:
+        raise ValueError("it has no pixels")
     return Image.fromarray(np.ascontiguousarray(as_bytes(array)))
 
 
-def as_bytes(values):
-    """An array of any type as uint8, by the smallest usual range that holds its largest value.
+def to_array(values):
+    """An array of an array, a tensor wherever it is, nested lists, or what numpy can make one of.
+    bfloat16, which numpy does not have, becomes float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
 
-    Whole numbers: 0 to 255, else 12, 16 or 32 bits.  Floats: 0 to 1, else as whole numbers.
-    ValueError for negative or non-finite values, such as an image that is normalised already.
-    """
+
+def as_bytes(values, top=None):
+    """An array of any type as uint8, where `top` (see `top_of`) becomes 255."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    tops = [255, 2**12 - 1, 2**16 - 1, 2**32 - 1]
-    if np.issubdtype(values.dtype, np.floating):
-        tops = [1, *tops]
-    values = values.astype(np.float64)
-    low, high = values.min(initial=0), values.max(initial=0)
-    if not 0 <= low <= high <= tops[-1]:                # nor is a value that is not a number
+    top = top or top_of(values)
+    return (values.clip(0, top).astype(np.float64) / top * 255).round().astype(np.uint8)
+
+
+def top_of(values):
+    """The largest value of the smallest usual range that holds all values of an array.
+
+    Whole numbers: 0 to 255, else 12, 16 or 32 bits.  Floats: 0 to 1, else as whole numbers.
+    ValueError for what is in no usual range, such as an image that is normalised already, or of 0
+    to 16: taken for one of 0 to 255, it would be black.
+    """
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"its values are of type {values.dtype}, no real numbers")
+    tops, rounding, odd = [255, 2**12 - 1, 2**16 - 1, 2**32 - 1], 0, False
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if values.dtype.kind == "f":
+        tops, rounding, odd = [1, *tops], 1e-3, 1 + 1e-3 < high <= 16
+    if odd or not -rounding <= low <= high <= tops[-1]:     # nor is a value that is not a number
         raise ValueError(f"its values go from {low:g} to {high:g}; give them from 0 to 1 or from "
                          "0 to 255, not normalised")
-    top = next(top for top in tops if high <= top)
-    return (values / top * 255).round().astype(np.uint8)
+    return next(top for top in tops if high <= top + rounding)
 
 
 def normalise(images, mean, std, size=None):
@@ -440,7 +579,7 @@ def write_json(path, content):
 def read_json(path):
     """The content of a JSON file; ValueError names a damaged one."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged ({error})") from error
 
@@ -518,15 +657,30 @@ DATA_FACTS = ("classes", "images", "in_channels", "num_classes", "mean", "std")
 def find(run, file, kind):
     """The folder of a run below <kind>/ here or, for published runs, in the repository, that holds
     `file`.  FileNotFoundError lists near names."""
-    name = re.sub(rf"^{kind}/", "", str(run)).strip("/")            # as tab completion writes it
+    name = bare_name(run)
     places = list(dict.fromkeys([HOME / kind, ROOT / kind]))
     for place in places:
         if (place / name / file).exists():
             return place / name
     there = [str(path.parent.relative_to(place)) for place in places for path in place.rglob(file)]
     near = difflib.get_close_matches(name, there, 3, 0.4)
-    raise FileNotFoundError(f"no {file} of a run {name!r} in {places[0]}"
-                            + (f"; near it: {', '.join(near)}" if near else ""))
+    said = f"no {file} of a run {name!r} in {places[0]}"
+    if kind == "saved_models" and (RUNS / name / "config.json").exists():
+        said += (f"; {RUNS / name} is there, so its model was deleted or its first epoch is not "
+                 "over: the same command trains on")
+    raise FileNotFoundError(said + (f"; near it: {', '.join(near)}" if near else ""))
+
+
+def bare_name(run):
+    """The name of a run without what tab completion puts around it: "runs/pets/", the path of its
+    folder or of its best.pt -> "pets"."""
+    name = re.sub(r"/best\.pt$", "", os.path.normpath(str(run)))
+    if os.path.isabs(name) or name.startswith(".."):
+        path = typed_path(name)
+        inside = [place for place in (RUNS, SAVED_MODELS, ROOT / "runs", ROOT / "saved_models")
+                  if path.is_relative_to(place)]
+        return str(path.relative_to(inside[0])) if inside else name
+    return re.sub(r"^(runs|saved_models)/", "", name)
 
 
 def find_run(run):
@@ -563,15 +717,20 @@ def changed_settings(old, new):
     if "folder" in old and "folder" in new:
         names.remove("dataset")             # the same images are the same, wherever they lie
     changed = [name for name in names
-               if name in old and comparable(old[name]) != comparable(new.get(name))]
+               if name in old and comparable(name, old[name]) != comparable(name, new.get(name))]
     if "epochs" in changed and "warmup_epochs" in changed:
         if all(run["warmup_epochs"] == run["epochs"] / 10 for run in (old, new)):
             changed.remove("warmup_epochs")             # nobody set it: it follows the epochs
     return changed
 
 
-def comparable(value):
-    """Lists of numbers as they are after JSON and another processor's rounding."""
+def comparable(name, value):
+    """What a setting's value means: kinds of augmentation and merging blocks in whatever order,
+    numbers as they are after JSON and another processor's rounding."""
+    if name == "augment":
+        return set(str(value).replace(" ", "").split(","))
+    if name == "merge_at":
+        return sorted(value or ())
     if isinstance(value, (list, tuple)):
         return [round(item, 6) if isinstance(item, float) else item for item in value]
     return value
@@ -585,16 +744,48 @@ def shortened(value, most=80):
 
 def read_history(run):
     """{tag: list of values, one per epoch} and the epochs' numbers under "epoch", from the
-    TensorBoard log of a run.  An epoch that lacks a tag is left out; ValueError if all are."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(find_run(run)), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = [tag for tag in TAGS if tag in events.Tags()["scalars"]]
-    values = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+    TensorBoard log of a run.
+
+    Where the log was deleted or damaged, what last.pt holds fills the gaps.  An epoch that lacks a
+    tag, or has a loss that is no number, is left out; ValueError if all are.
+    """
+    folder = find_run(run)
+    values = read_log(folder)
+    if not is_whole(values):
+        for tag, kept in kept_history(bare_name(run)).items():
+            values[tag] = {**kept, **values.get(tag, {})}
     epochs = sorted(set.intersection(*map(set, values.values()))) if "loss/val" in values else []
     if not epochs:
-        raise ValueError(f"the TensorBoard log of run {run} holds no epochs")
-    return {"epoch": epochs, **{tag: [values[tag][epoch] for epoch in epochs] for tag in tags}}
+        raise ValueError(f"the TensorBoard log of run {run} in {folder} holds no epochs, and there "
+                         "is no last.pt to take them from")
+    return {"epoch": epochs, **{tag: [values[tag][epoch] for epoch in epochs] for tag in values}}
+
+
+def read_log(folder):
+    """{tag: {epoch: value}} of the TensorBoard log in a folder; an epoch that is there twice counts
+    as it was written last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)     # a run that went on is no news
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in TAGS if tag in events.Tags()["scalars"]]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)
+                  if math.isfinite(event.value)} for tag in tags}
+
+
+def is_whole(values):
+    """Whether a log, {tag: {epoch: value}}, has all tags for all epochs from the first on."""
+    epochs = [sorted(values.get(tag, {})) for tag in TAGS]
+    return bool(epochs[0]) and all(each == list(range(1, len(epochs[0]) + 1)) for each in epochs)
+
+
+def kept_history(run):
+    """{tag: {epoch: value}} of the epochs that last.pt of a run holds; {} if there is none."""
+    try:
+        rows = load_checkpoint(find(run, "last.pt", "saved_models") / "last.pt")["history"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {tag: {row["epoch"]: row[name] for row in rows} for tag, name in TAGS.items()}
 
 
 def read_run(folder):
@@ -651,6 +842,9 @@ def read_runs(names=("**",), finished=False):
 def print_runs(names=("**",)):
     """A line for each run: what `make runs` prints."""
     runs = read_runs(names)
+    if not runs:
+        print(f"no runs in {RUNS}")
+        return
     width = max([len(run["run"]) for run in runs] + [3])
     print(f"{'run':{width}s} {'data':14s} {'model':17s} {'recipe':8s} {'epochs':>8s} "
           f"{'val loss':>9s} {'test':>7s}")
@@ -667,11 +861,23 @@ def read_predictions(run):
     float32 and labels (N,), and of some images (M, C, H, W) uint8 with their indices (M,)."""
     path = find_run(run) / "predictions.npz"
     if not path.exists():
-        raise FileNotFoundError(f"run {run} has no {path.name}: it is not finished. Train it to "
-                                "its end (the same command goes on), then come back")
-    with np.load(path) as stored:                       # allow_pickle is off: no code is run
-        arrays = renamed({name: torch.from_numpy(stored[name]) for name in stored.files})
-    return {**arrays, "logits": arrays["logits"].float()}
+        raise FileNotFoundError(f"run {run} has no {path.name}: {why_no_predictions(path.parent)}")
+    try:
+        with np.load(path) as stored:                   # allow_pickle is off: no code is run
+            arrays = renamed({name: torch.from_numpy(stored[name]) for name in stored.files})
+        return {**arrays, "logits": arrays["logits"].float()}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def why_no_predictions(folder):
+    """What to do where a run's predictions are not there."""
+    if not (folder / "results.json").exists():
+        return "it is not finished. Train it to its end (the same command goes on), then come back"
+    if list(SAVED_MODELS.glob(f"{bare_name(folder)}/last.pt")):
+        return ("it was deleted. Delete results.json beside it, too, and give the same command "
+                "again: the best model is tested, and nothing is trained")
+    return f"it was deleted. Bring it back, or delete {folder} and train the run again"
 
 
 # ---------------------------------------------------------------- trained models
@@ -698,36 +904,86 @@ def load_model(run, device="cpu"):
 def predict(run, images, top=3, batch_size=64):
     """Classify images with the best model of `run` (a name, or a model from `load_model`).
 
-    images: one or a list of whatever `read_image` takes; a batch as an array (B, H, W, C) or a
-    tensor (B, C, H, W); or a folder, whose files are taken in the order of their names.  They are
-    read and classified in batches.  Returns a list of (class name, probability), most probable
-    first, for each image; for a single image, that list alone.
+    images: one of whatever `read_image` takes, or many: a list or a generator of them, a batch as
+    an array (B, H, W, C) or a tensor (B, C, H, W), or a folder.  Of a folder, files are taken in
+    the order of their names; a line says how many were no images, and which is the first of these.
+    Images are read and classified in batches.  Returns a list of (class name, probability), most
+    probable first, for each image; for a single image, that list alone.
     """
     model = load_model(run) if isinstance(run, (str, Path)) else run
-    config = model.config
-    images, single = as_images(images)
-    top = min(top, len(config["classes"]))
+    config, folder = model.config, folder_of(images)
+    single = folder is None and is_one_image(images)
+    many, skipped = [images] if single else each_image(images, folder), []
+    read = read_each(many, config["in_channels"], config["image_size"], skipped if folder else None)
     answers = []
-    for start in range(0, len(images), batch_size):
-        batch = torch.stack([read_image(image, config["in_channels"], config["image_size"])
-                             for image in images[start:start + batch_size]])
-        batch = batch.to(next(model.parameters()).device)
+    while batch := list(itertools.islice(read, batch_size)):
+        batch = torch.stack(batch).to(next(model.parameters()).device)              # (B, C, S, S)
         logits = model(normalise(batch, config["mean"], config["std"]))
-        for values, indices in zip(*logits.softmax(1).topk(top), strict=True):
+        found = logits.float().softmax(1).topk(min(top, len(config["classes"])))
+        for values, indices in zip(*found, strict=True):
             names = [config["classes"][index] for index in indices]
             answers.append(list(zip(names, values.tolist(), strict=True)))
+    if skipped:
+        print(f"{len(skipped)} of {len(skipped) + len(answers)} files skipped as no readable "
+              f"images, the first: {skipped[0]}", flush=True)
     return answers[0] if single else answers
 
 
-def as_images(images):
-    """(list of images, whether it was a single one) of whatever `predict` takes."""
-    if isinstance(images, (str, Path)) and Path(images).is_dir():
-        files = sorted(path for path in Path(images).rglob("*") if path.is_file())
-        return [path for path in files if not path.name.startswith(".")], False
-    if isinstance(images, (np.ndarray, torch.Tensor)):
-        return (list(images), False) if images.ndim == 4 else ([images], True)
-    single = isinstance(images, (str, Path, Image.Image, bytes, bytearray, memoryview, io.IOBase))
-    return ([images], True) if single else (list(images), False)
+def folder_of(images):
+    """The folder that `images` are, or None."""
+    path = Path(images).expanduser() if isinstance(images, (str, Path)) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def is_one_image(images):
+    """Whether these are one image rather than many; ValueError if they are neither."""
+    if isinstance(images, (str, Path, Image.Image, bytes, bytearray, memoryview)):
+        return True
+    if is_array(images):
+        shape = np.shape(images)
+        grey = isinstance(images, (list, tuple)) and len(shape) == 3 and shape[-1] > 4
+        return len(shape) != 4 and not grey
+    if hasattr(images, "read"):
+        return True
+    if not hasattr(images, "__iter__"):
+        raise ValueError(f"{images!r} is no image; give a path, an array, or a list of them")
+    return False
+
+
+def is_array(images):
+    """Whether these are numbers: an array, a tensor, or lists in a list, as JSON has them."""
+    if isinstance(images, (list, tuple)):
+        return bool(images) and isinstance(images[0], (list, tuple))
+    return isinstance(images, torch.Tensor) or hasattr(images, "__array__")
+
+
+def each_image(images, folder):
+    """Go through many images one by one.  The range of a batch's values is that of the whole: an
+    image that is dark in it stays so."""
+    if folder is not None:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        hidden = [path.relative_to(folder).parts for path in files]
+        return (path for path, parts in zip(files, hidden, strict=True)
+                if not any(part.startswith(".") for part in parts))
+    if not is_array(images):
+        return images
+    array = to_array(images)
+    top = None if array.dtype in (np.uint8, bool) else top_of(array)
+    bytes_of_each = (as_bytes(image, top) for image in array)
+    return map(torch.from_numpy, bytes_of_each) if torch.is_tensor(images) else bytes_of_each
+
+
+def read_each(images, channels, size, skipped=None):
+    """Read images one by one (see `read_image`).  What cannot be read goes to the list `skipped`,
+    if there is one; else it ends with an error."""
+    for image in images:
+        image = Path(image).expanduser() if isinstance(image, (str, Path)) else image
+        try:
+            yield read_image(image, channels, size)
+        except ValueError:
+            if skipped is None:
+                raise
+            skipped.append(image)
 
 
 # ---------------------------------------------------------------- figures
@@ -771,7 +1027,7 @@ def show_images(images, titles=None, columns=8, size=1.1, colors=None):
         axis.set(xticks=[], yticks=[])                  # half of the time goes into ticks unseen
         axis.set_axis_off()
     for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         if titles:
             axis.set_title(titles[i], fontsize=8, color=colors[i] if colors else "black", pad=3)
     return figure
@@ -817,7 +1073,7 @@ def fill_markers(output, texts):
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "README.md", output / "RESULTS.md"]
-    contents = {file: file.read_text() for file in files if file.exists()}
+    contents = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
     contents.setdefault(files[0], "")
     for marker, text in texts.items():
         block = f"<!-- {marker} -->\n{text}\n<!-- /{marker} -->"

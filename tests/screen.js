@@ -1,4 +1,4 @@
-// Scroll through the notebook that JupyterLab shows, of `count` cells; measure each one, once drawn.
+// Scroll through the notebook of `count` cells that JupyterLab shows and measure each, once drawn.
 // Returns one entry per cell: its index, its number of outputs, what is too wide, what was shrunk.
 //
 // JupyterLab breaks lines of text output, even inside words, and shrinks images: neither is ever
@@ -33,7 +33,7 @@ async count => {
         const markdown = cell.classList.contains("jp-MarkdownCell");
         const content = cell.querySelector(markdown ? ".jp-RenderedMarkdown > *" : ".cm-line");
         const images = all(cell, ".jp-OutputArea-output img, .jp-RenderedMarkdown img");
-        const outputs = all(cell, ".jp-OutputArea-output");
+        const outputs = all(cell, ".jp-OutputArea-output:not(.lm-mod-hidden)");
         return content !== null && !hasRawFormula(cell) && images.every(image => image.complete)
             && outputs.every(output => output.childNodes.length > 0);
     }
@@ -92,20 +92,22 @@ async count => {
         return {outputs: outputs.length, wide, shrunk: shrunkImages(cell)};
     }
 
-    // From top to bottom; once more, if JupyterLab was still filling the notebook.
+    // From top to bottom, where JupyterLab may still be adding cells.
     async function scrollThrough() {
         panel.scrollTop = 0;
-        for (let before = -1; panel.scrollTop > before;) {
-            before = panel.scrollTop;
+        for (let waits = 0; waits < 20 && measured.size < count;) {
+            const before = panel.scrollTop;
             for (const cell of await drawnCells()) {
                 const index = Number(cell.dataset.windowedListIndex);
                 if (!measured.has(index)) measured.set(index, {index, ...measure(cell)});
             }
             panel.scrollTop += 0.9 * panel.clientHeight;
+            waits = panel.scrollTop > before ? 0 : waits + 1;
+            if (waits > 0) await new Promise(resolve => setTimeout(resolve, 100));
         }
     }
 
-    const end = performance.now() + 60000;
+    const end = performance.now() + 30000;
     while (measured.size < count && performance.now() < end) await scrollThrough();
     panel.scrollTop = 0;
     return [...measured.values()];

@@ -308,7 +308,7 @@ def formats():
     for name in sorted(set(Image.SAVE) & set(Image.OPEN)):
         file = io.BytesIO()
         with contextlib.suppress(Exception):
-            Image.new("RGB", (32, 32), (11, 11, 11)).save(file, name)
+            Image.new("RGB", (32, 32), (110, 90, 70)).save(file, name)
             Image.open(io.BytesIO(file.getvalue())).load()
             found.append((name, file.getvalue()))
     return found

@@ -13,8 +13,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
+import jobs
 import vit_helpers
 from jobs import small_config
 
@@ -51,8 +53,8 @@ SETTINGS = [
     ("a negative number of epochs", dict(epochs=-3), "epochs is -3; it must be 1 or more"),
     ("no epochs", dict(epochs=0), "epochs is 0; it must be 1 or more"),
     ("a negative batch size", dict(batch_size=-1), "batch_size is -1; it must be 1 or more"),
-    ("no threads", dict(threads=0), "threads is 0; it must be 1 or more"),
-    ("a negative seed", dict(seed=-1), "seed is -1; it must be 0 or more"),
+    ("no threads", dict(threads=0), "threads is 0; it must be from 1 to 1024"),
+    ("a negative seed", dict(seed=-1), "seed is -1; it must be from 0 to 4294967295"),
     ("a learning rate that is not a number", dict(learning_rate=float("nan")),
      "learning_rate is nan; it must be a finite number"),
     ("a momentum of 1", dict(momentum=1.0), "momentum is 1.0; it must be at least 0 and below 1"),
@@ -75,6 +77,9 @@ SETTINGS = [
     ("a negative depth", dict(depth=-1), "depth is -1; it must be 1 or more"),
     ("a run name that leaves the folder", dict(run="../../etc"),
      "run is '../../etc'; a run's name is letters"),
+    ("a run name of 300 characters", dict(run="x" * 300), "a name of 300 bytes; it may have 200"),
+    ("a seed that is too large", dict(seed=2**32), "seed is 4294967296; it must be from 0 to 4294"),
+    ("more threads than there are cores", dict(threads=100_000), "threads is 100000; it must be"),
     ("a name that is no data set", dict(dataset="fashionmnist"), "did you mean 'fashion-mnist'"),
 ]
 
@@ -92,6 +97,22 @@ for row in SETTINGS:
 @fault("a word for a number", ValueError, "parameter 'epochs' is 'many', but it must be int")
 def word_for_a_number(place):
     vit_helpers.check_parameters({"epochs": "many"})
+
+
+@fault("a number of infinite size", ValueError, "parameter 'epochs' is inf, but it must be int")
+def infinite_number(place):
+    vit_helpers.check_parameters({"epochs": float("inf")})
+
+
+@fault("a list of widths with half a number", ValueError, "parameter 'dims' is .16, 24.5., but")
+def half_a_width(place):
+    vit_helpers.check_parameters({"dims": [16, 24.5]})
+
+
+@fault("a parameter misspelt in a condition, below a magic", ValueError,
+       "unknown parameter 'epochz', did you mean 'epochs'")
+def misspelt_in_a_condition(place):
+    vit_helpers.check_parameters({"In": ["%matplotlib inline\nseed = 1\nif seed:\n    epochz = 3"]})
 
 
 @fault("a misspelt parameter", ValueError, "unknown parameter 'epochz', did you mean 'epochs'")
@@ -213,6 +234,35 @@ def test_no_visible_gpus_means_no_gpus(monkeypatch, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     assert vit_helpers.given_gpus() == ""
+
+
+# ---- the script
+
+def script(place, path=jobs.SCRIPT, **environment):
+    """train_job.sh with this environment; raises what it said last as an OSError."""
+    shown = subprocess.run(["bash", path], capture_output=True, text=True,
+                           env={**os.environ, **environment})
+    assert shown.returncode != 0
+    raise OSError((shown.stdout + shown.stderr).strip().splitlines()[-1])
+
+
+@fault("a VIT_HOME that cannot be written", OSError,
+       "cannot write to .*file/runs: set VIT_HOME to a folder that you may write to")
+def no_home(place):
+    (place / "file").write_text("")
+    script(place, VIT_HOME=str(place / "file"))
+
+
+@fault("train_job.sh without its project", OSError, "there is no vit_helpers.py beside .*alone.sh")
+def alone(place):
+    script(place, shutil.copy(jobs.SCRIPT, place / "alone.sh"))
+
+
+@fault("no environment to train in", OSError,
+       "no papermill in .*: run `make setup` in .* without make: python3 -m venv .venv &&")
+def no_environment(place):
+    (place / "setup").write_text("python() { return 1; }")
+    script(place, VIT_SETUP=str(place / "setup"))
 
 
 # ---- runs that go on
@@ -360,8 +410,75 @@ def cut_config(place):
 @fault("a run that is not finished, to be looked into", FileNotFoundError,
        "has no predictions.npz: it is not finished. Train it to its end")
 def not_finished(place):
+    def harm(folder):
+        (folder / "predictions.npz").unlink()
+        (folder / "results.json").unlink()
+
+    harmed_run(harm)
+    vit_helpers.read_predictions("harmed")
+
+
+@fault("predictions that were deleted", FileNotFoundError,
+       "has no predictions.npz: it was deleted. Bring it back, or delete .*harmed and train")
+def no_predictions(place):
     harmed_run(lambda folder: (folder / "predictions.npz").unlink())
     vit_helpers.read_predictions("harmed")
+
+
+@fault("predictions that are damaged", ValueError, "predictions.npz is damaged")
+def cut_predictions(place):
+    harmed_run(lambda folder: cut(folder / "predictions.npz"))
+    vit_helpers.read_predictions("harmed")
+
+
+@fault("a run whose model was deleted", FileNotFoundError,
+       "no best.pt of a run 'harmed' in .*harmed is there, so its model was deleted or")
+def no_model(place):
+    harmed_run(lambda folder: None)
+    vit_helpers.load_model("harmed")
+
+
+def half_a_run(config, *kept):
+    """`open_run` of a finished run whose folders hold these files alone."""
+    folders = [base / config["run"] for base in (vit_helpers.RUNS, vit_helpers.SAVED_MODELS)]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    train(folders[1], run=config["run"])
+    folders[0].mkdir(parents=True)
+    vit_helpers.write_json(folders[0] / "results.json", {})
+    for folder in folders:
+        for path in folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+    try:
+        RUNNING.open_run(config)
+    finally:
+        RUNNING.let_go(folders[1])
+
+
+@fault("results without config.json and checkpoints", ValueError,
+       "neither config.json nor a checkpoint in .* that say what was trained; delete it to train")
+def results_alone(place):
+    half_a_run(small_config(epochs=1, run="half"), "results.json")
+
+
+@fault("a best model that was deleted, in a run that is to go on", ValueError,
+       "best.pt, the best model so far, is gone. Bring it back; or delete .*; or start another")
+def best_deleted(place):
+    half_a_run(small_config(epochs=1, run="half"), "last.pt")
+
+
+@fault("a test of a run that was interrupted", ValueError,
+       "run half is not finished, so it is not tested; run the cell that trains it again")
+def interrupted_test(place):
+    RUNNING.test_best_model(place, small_config(run="half"), None, [])
+
+
+@fault("a run that is trained already, by another process", RuntimeError,
+       "is being trained by another process, which holds .*lock; wait for it, or give this one")
+def locked(place):
+    with FileLock(place / ".lock"):
+        RUNNING.lock_run(place)
 
 
 @fault("initial weights that are nowhere", FileNotFoundError, "nothing.pth")
@@ -415,6 +532,28 @@ def no_file(place):
 @fault("an array that is no image, to classify", ValueError, r"its shape is \(7, 8, 9\)")
 def no_image(place):
     predict(np.zeros((7, 8, 9)))
+
+
+@fault("a batch of grey images without channels, to classify", ValueError,
+       "in which no end is 1 to 4 channels; many grey images are .B, H, W, 1.")
+def grey_batch(place):
+    predict(np.zeros((9, 8, 8)))
+
+
+@fault("an image without pixels, to classify", ValueError, "it has no pixels")
+def empty_image(place):
+    predict(np.zeros((0, 8)))
+
+
+@fault("an image that resizing brought beyond 1, to classify", ValueError,
+       "its values go from 0 to 1.02; give them from 0 to 1 or from 0 to 255")
+def beyond_one(place):
+    predict(np.linspace(0, 1.02, 64).reshape(8, 8))
+
+
+@fault("nothing, to classify", ValueError, "None is no image; give a path, an array, or a list")
+def nothing(place):
+    predict(None)
 
 
 @fault("an image that is normalised already, to classify", ValueError,
