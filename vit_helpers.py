@@ -381,16 +381,6 @@ def cpu_quota(root=Path("/sys/fs/cgroup")):
     return math.inf if quota in ("max", "-1\n") else math.ceil(int(quota) / int(period))
 
 
-def usual_threads():
-    """The threads of a rank on a CPU: OMP_NUM_THREADS or MKL_NUM_THREADS if they say a number, else
-    its part of the cores that may be used here."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        first = os.environ.get(name, "").split(",")[0].strip()      # "4,2": of nested regions
-        if first.isdigit() and int(first) > 0:
-            return int(first)
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def ranks():
     """(this process's rank, world size), as torchrun says; (0, 1) on its own."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1056,10 +1046,10 @@ def show_predictions(run):
 
 def plot_spread(axis, histories, tag, label, color, **line):
     """A curve over epochs: the mean over `histories` (from `read_history`), and a band from the
-    lowest to the highest."""
-    epochs = min(len(history[tag]) for history in histories)
-    values = np.array([history[tag][:epochs] for history in histories])
-    steps = histories[0]["epoch"][:epochs]
+    lowest to the highest.  Epochs that one of them lacks are left out."""
+    curves = [dict(zip(history["epoch"], history[tag], strict=False)) for history in histories]
+    steps = sorted(set.intersection(*map(set, curves)))
+    values = np.array([[curve[step] for step in steps] for curve in curves])    # (runs, epochs)
     axis.plot(steps, values.mean(0), label=label, color=color, **line)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(values) > 1:

@@ -547,6 +547,16 @@ def test_a_log_that_is_not_as_it_should_be_gives_what_it_has(rows, expected):
     assert dict(zip(history["epoch"], history["loss/val"], strict=True)) == expected
 
 
+def test_curves_of_logs_with_gaps_are_averaged_epoch_by_epoch():
+    histories = [{"epoch": [1, 2, 3, 4], "loss/val": [8., 6., 4., 2.]},
+                 {"epoch": [1, 3, 4, 5], "loss/val": [6., 2., 0., 9.]}]
+    axis = plt.figure().subplots()
+    vit_helpers.plot_spread(axis, histories, "loss/val", "val", "black")
+    plt.close("all")
+    assert axis.lines[0].get_xdata().tolist() == [1, 3, 4]
+    assert axis.lines[0].get_ydata().tolist() == [7, 3, 1]
+
+
 # ---- serving
 
 SERVE = """
@@ -587,7 +597,7 @@ def test_threads_are_what_the_environment_says(monkeypatch, environment, threads
     monkeypatch.setattr(vit_helpers, "cpu_quota", lambda: math.inf)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert vit_helpers.usual_threads() == threads
+    assert vit_helpers.load_notebook("04_training").usual_threads() == threads
 
 
 @pytest.mark.parametrize("files, cpus", [
