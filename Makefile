@@ -20,7 +20,7 @@ setup: $(STAMP)     ## make .venv and install requirements.txt (LOCKED=1: in the
 $(STAMP): requirements.txt $(if $(LOCKED),constraints.txt)
 	python3 -m venv .venv
 	python -m pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
-	touch .venv/done $@
+	touch $(sort .venv/done $@)
 
 train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
