@@ -18,6 +18,11 @@ import pytest
 
 import vit_helpers
 
+try:
+    from playwright.sync_api import Error as PlaywrightError
+except ImportError:                                 # then chromium's tests are skipped, too
+    PlaywrightError = Exception
+
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -251,7 +256,8 @@ def click_run_all(page):
     while not run_all_cells.is_visible():           # the menu fills up while JupyterLab starts
         page.keyboard.press("Escape")
         page.wait_for_timeout(500)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
+        with contextlib.suppress(PlaywrightError):  # a dialog is in the way: Escape closes it
+            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=3000)
         page.wait_for_timeout(300)
     run_all_cells.click()
 

@@ -185,7 +185,8 @@ TIMM_SIZES = {
 @pytest.fixture
 def timm_vit():
     """Makes a ViT of timm's whose weights are all random, biases and tokens, too."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    pytest.importorskip("timm.models")
 
     def make(**settings):
         torch.manual_seed(0)
@@ -358,9 +359,9 @@ def test_a_model_with_other_parts_is_refused(finetuning, published, changes):
 def test_a_run_that_goes_on_begins_where_the_other_ended():
     """With a learning rate of 0 its validation loss is that of the published run."""
     shown = train_job("-p", "model", "vit", "-r", "initial_weights", PUBLISHED, "-p", "epochs", "1",
-                      "-p", "learning_rate", "0", "-r", "run", "longer")
+                      "-p", "learning_rate", "0", "-r", "run", "from-published")
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    run = vit_helpers.read_run(vit_helpers.RUNS / "longer")
+    run = vit_helpers.read_run(vit_helpers.RUNS / "from-published")
     before = vit_helpers.read_run(vit_helpers.ROOT / "runs" / PUBLISHED)["results"]
     assert run["config"]["recipe"] == "sgd"
     assert run["results"]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-2)

@@ -3,6 +3,8 @@ follow the numbers."""
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,12 +183,22 @@ def test_an_unknown_kind_is_refused(questions, models):
 
 # ---------------------------------------------------------------- training it
 
+TRAIN = """
+import vit_helpers
+questions, job = (vit_helpers.load_notebook(name) for name in ("09_questions", "06_run"))
+job.train_plan({plan!r}, lines={path!r}, change=questions.fix_pos_embed, own=questions.OWN)
+"""
+
+
 def test_a_study_goes_on_after_a_line_that_was_cut_off(questions, job, tmp_path):
     path = tmp_path / "study.jsonl"
     plan = [{**TINY, "pos_embed": "none", "seed": 1, "test": False}, {**TINY, "seed": 2}]
 
-    def train():
-        job.train_plan(plan, lines=path, change=questions.fix_pos_embed, own=questions.OWN)
+    def train():                    # in a process of its own: what forks must not have trained
+        code = TRAIN.format(plan=plan, path=str(path))
+        command = [sys.executable, "-c", code]
+        shown = subprocess.run(command, cwd=vit_helpers.ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
         return job.read_lines(path)
 
     whole = train()

@@ -74,14 +74,15 @@ def test_more_epochs_are_refused_with_the_road_to_take(whole):
 
 
 def test_half_of_a_run_is_used_and_what_is_missing_said(whole):
-    shutil.copytree(vit_helpers.RUNS / "whole", vit_helpers.RUNS / "half")
-    shown = train_job(*SMALL, "-r", "run", "half")
+    shutil.copytree(vit_helpers.RUNS / "whole", vit_helpers.RUNS / "half-of-whole")
+    shown = train_job(*SMALL, "-r", "run", "half-of-whole")
     assert shown.returncode == 0, shown.stderr
-    assert "half is done" in shown.stdout and "saved_models/half/best.pt is gone" in shown.stdout
-    (vit_helpers.RUNS / "half" / "predictions.npz").unlink()
-    shown = train_job(*SMALL, "-r", "run", "half")
+    assert "half-of-whole is done" in shown.stdout
+    assert "saved_models/half-of-whole/best.pt is gone" in shown.stdout
+    (vit_helpers.RUNS / "half-of-whole" / "predictions.npz").unlink()
+    shown = train_job(*SMALL, "-r", "run", "half-of-whole")
     assert shown.returncode == 0, shown.stderr
-    assert "runs/half/predictions.npz is gone" in shown.stdout
+    assert "runs/half-of-whole/predictions.npz is gone" in shown.stdout
 
 
 def test_interrupted_by_a_signal_it_goes_on_to_the_same_result(whole):
