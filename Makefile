@@ -73,6 +73,7 @@ notebooks: setup   ## run every notebook from top to bottom and store its output
 	@for name in $(or $(ONLY),$(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))); do \
 	    echo $$name; VIT_HOME="$(CURDIR)/runs/.notebooks" $(PAPERMILL) notebooks/$$name.ipynb runs/.notebooks/out.ipynb >/dev/null || exit; \
 	    python tests/strip_notebook.py runs/.notebooks/out.ipynb notebooks/$$name.ipynb || exit; done
+	@rm -rf runs/.notebooks
 
 data: setup     ## fetch a data set for machines without a network: make data DATASET=cifar10
 	@test -n "$(DATASET)" || { echo 'say which: make data DATASET=cifar10'; exit 2; }
