@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers, here and
                                                                     # in kernels
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # two trainings on two cores must not spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # two tests at a time: a core each
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 
