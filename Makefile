@@ -10,6 +10,7 @@ LOAD := import vit_helpers; load = vit_helpers.load_notebook;
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
 COLOUR ?= runs/published/colour.jsonl
+GROWING ?= runs/published/growing.jsonl
 BENCH ?= runs/bench.json
 
 help:           ## this list
@@ -32,7 +33,7 @@ lint: setup     ## what a reader would trip over, in .py files and notebooks
 	python -m ruff check .
 
 figures: setup  ## draw every figure in img/, fill the tables of README.md and RESULTS.md from runs/published/
-	@for name in 07_comparison 08_inside 09_questions 10_throughput 11_results; do \
+	@for name in 07_comparison 08_inside 09_questions 10_throughput 11_results 12_growing; do \
 	    $(PAPERMILL) notebooks/$$name.ipynb /dev/null -r output . || exit; done
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
@@ -48,6 +49,9 @@ published: setup   ## train the published runs where they are missing (over an h
 
 study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
 	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"
+
+growing: setup  ## train notebook 12's cross of growing and merging where runs are missing (hours on two cores)
+	@$(PYTHON) "$(LOAD) load('12_growing').run_growing('$(GROWING)')"
 
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour): make bench [IMAGES=folder]
 	python -m pip install -q --disable-pip-version-check timm vit-pytorch
@@ -85,4 +89,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
 	python -m tensorboard.main --logdir "$$($(PYTHON) 'import vit_helpers; print(vit_helpers.RUNS)')" --host localhost $(TENSORBOARD_OPTIONS)
 
-.PHONY: help setup train test lint figures compare runs published study bench results retest predict export notebooks data lab tensorboard
+.PHONY: help setup train test lint figures compare runs published study growing bench results retest predict export notebooks data lab tensorboard

@@ -12,7 +12,7 @@ import pytest
 import vit_helpers
 
 PAGES = ("README.md", "RESULTS.md")
-DRAWING = ("07_comparison", "09_questions", "10_throughput", "11_results")
+DRAWING = ("07_comparison", "09_questions", "10_throughput", "11_results", "12_growing")
 PUBLISHED = vit_helpers.ROOT / "runs" / "published"
 
 

@@ -205,6 +205,8 @@ def test_a_study_goes_on_after_a_line_that_was_cut_off(questions, job, tmp_path)
     first, second = (job.plan_key(run) for run in plan)
     assert set(whole) == {first, second}
     assert "test_accuracy" not in whole[first]
+    assert whole[first]["cpu_seconds"] > 0 and whole[first]["threads"] == 1
+    assert {"device_name", "torch", "git_commit"} <= set(whole[first])
     assert 0 <= whole[second]["test_accuracy"] <= 1
 
     path.write_text(path.read_text()[:-20])                     # as a power cut leaves it

@@ -1,0 +1,246 @@
+"""12_growing: cells of equal cost, a plan that peeks nowhere, contrasts, and verdicts that follow
+the numbers.  Rows are made up and go through the real functions; nothing is trained."""
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import vit_helpers
+
+TOKENS, SHAPES = ("all", "merged", "twin"), ("constant", "growing", "shrinking")
+
+
+@pytest.fixture(scope="module")
+def growing():
+    return vit_helpers.load_notebook("12_growing")
+
+
+@pytest.fixture(scope="module")
+def job():
+    return vit_helpers.load_notebook("06_run")
+
+
+@pytest.fixture
+def study(growing, job):
+    """Makes the rows of a whole study from {cell: mean accuracy, in points}: trials with their best
+    rate inside, and runs with a shift per seed and noise of so many points."""
+    def make(means, noise=0.2):
+        done, rng = {}, np.random.default_rng(0)
+
+        def add(run, **numbers):
+            asked = {name: value for name, value in run.items() if name != "test"}
+            done[job.plan_key(run)] = {
+                "parameters": asked, "val_losses": [1.0], "seconds": 60.0, "device_name": "made up",
+                "torch": "2", "git_commit": "abc", **numbers}
+
+        for cells in (growing.CELLS, growing.TWINS):
+            for run in growing.trials(cells, growing.RATES):
+                add(run, val_loss=abs(run["learning_rate"] - 0.008))
+        for cell in [*growing.CELLS, *growing.TWINS]:
+            for run in growing.runs_of(cell, 0.008):
+                points = means.get(cell, 70) + 0.3 * run["seed"] + noise * rng.normal()
+                add(run, val_loss=1.0, test_accuracy=points / 100)
+        return done
+    return make
+
+
+def cross_of(growing, done):
+    return growing.accuracies_of(growing.complete_sets(done)["equal operations"])
+
+
+# ---------------------------------------------------------------- cells and plan
+
+COSTS = {       # MFLOPs per image and parameters, as they were counted when the cross was proposed
+    ("constant", "all"): (66.1, 451_450), ("growing", "all"): (65.6, 449_146),
+    ("shrinking", "all"): (65.9, 453_706), ("constant", "merged"): (66.1, 830_650),
+    ("growing", "merged"): (66.2, 1_241_418), ("shrinking", "merged"): (66.2, 680_586),
+    ("constant", "twin"): (36.9, 451_450), ("growing", "twin"): (27.3, 449_146),
+    ("shrinking", "twin"): (44.9, 453_706),
+}
+
+
+def test_the_cells_cost_what_they_should(growing):
+    costs = {cell: growing.cost_of(cell) for cell in COSTS}
+    assert {cell: (round(flops / 1e6, 1), size) for cell, (flops, size) in costs.items()} == COSTS
+    of_cross = [costs[cell][0] for cell in growing.CELLS]
+    assert len(of_cross) == 6 and max(of_cross) < 1.01 * min(of_cross)
+
+
+def test_cells_differ_in_widths_and_merging_alone(growing):
+    for cells in growing.SETS.values():
+        assert {shape for shape, _ in cells} == set(SHAPES) and len(cells) == 6
+        asked = [growing.parameters_of(cell) for cell in cells]
+        differ = {name for name in asked[0] if len({run[name] for run in asked}) > 1}
+        assert differ == {"dims", "merge_at"}
+
+
+def test_runs_go_seed_by_seed_and_trials_never_meet_the_test_set(growing, study):
+    parts = growing.parts_of_plan(study({}))
+    assert [len(plan) for plan in parts.values()] == [18, 30, 9, 15]
+    runs = parts["runs of the cross"]
+    assert [run["seed"] for run in runs] == [seed for seed in range(5) for _ in range(6)]
+    for part, plan in parts.items():
+        is_trial = part.startswith("trials")
+        assert {run["epochs"] for run in plan} == {4 if is_trial else 8}
+        assert all(run.get("test", True) != is_trial for run in plan)
+        assert all((run["seed"] not in growing.SEEDS) == is_trial for run in plan)
+
+
+def test_a_best_rate_at_the_edge_extends_the_grid_for_all_cells(growing, job):
+    def tried(rates, best):             # every cell at its best in the middle, the first at `best`
+        losses = {}
+        for number, cell in enumerate(growing.CELLS):
+            for rate in rates:
+                loss = abs(rate - (best if number == 0 else 0.008))
+                losses[job.plan_key(growing.trial(cell, rate))] = {"val_loss": loss}
+        return losses
+
+    first = growing.RATES
+    assert growing.grid(growing.CELLS, {}) == list(first)
+    assert growing.grid(growing.CELLS, tried(first, 0.008)) == list(first)
+    wider = growing.grid(growing.CELLS, tried(first, 1.0))
+    assert wider == [*first, 0.032]
+    assert set(growing.best_rates(growing.CELLS, tried(first, 1.0)).values()) == {None}
+    again = tried(wider, 0.032)
+    assert growing.grid(growing.CELLS, again) == [*wider, 0.064]
+    assert growing.grid(growing.CELLS, tried(first, 0.004)) == [0.002, *first]
+    ends = tried(growing.grid(growing.CELLS, tried([*wider, 0.064, 0.128], 1.0)), 1.0)
+    assert max(growing.grid(growing.CELLS, ends)) == growing.HIGHEST      # and no further
+
+
+def test_it_is_the_one_way_to_train_a_plan(growing, job, monkeypatch, tmp_path):
+    """Trials, with those of an extended grid, before runs; the cross before the twins."""
+    calls = []
+
+    def train_plan(plan, lines):
+        calls.append((plan[0]["seed"], plan[0]["merge_at"], len(plan)))
+        with open(lines, "a") as file:
+            for run in plan:
+                file.write(json.dumps({"parameters": {name: value for name, value in run.items()
+                                                      if name != "test"},
+                                       "val_loss": abs(run["learning_rate"] - 0.016)}) + "\n")
+
+    monkeypatch.setattr(growing.job, "train_plan", train_plan)
+    monkeypatch.setattr(growing, "say_minutes", lambda path: None)
+    monkeypatch.setitem(growing.SHARED, "dataset", str(tmp_path))
+    growing.run_growing(tmp_path / "lines.jsonl")
+    assert calls == [(100, "", 18), (100, "", 24), (0, "", 30),
+                     (100, "4", 9), (100, "4", 12), (0, "4", 15)]
+    done = job.read_lines(tmp_path / "lines.jsonl")
+    assert all(growing.are_done(plan, done) for plan in growing.parts_of_plan(done).values())
+
+
+# ---------------------------------------------------------------- contrasts
+
+def test_the_contrast_is_the_computation_by_hand(growing, study):
+    """Estimate, interval and p by the two-way table of cells and seeds."""
+    cross = cross_of(growing, study({("growing", "merged"): 70.5}, noise=0.4))
+    values = np.array([cross[cell] for cell in cross])                          # (cells, seeds)
+    noise = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    spread = np.sqrt((noise ** 2).sum() / 20)
+    mean = {cell: numbers.mean() for cell, numbers in cross.items()}
+    points = (mean["growing", "merged"] - mean["constant", "merged"]
+              - mean["growing", "all"] + mean["constant", "all"])
+    error = spread * np.sqrt(4 / 5)
+    found = growing.estimate(cross, growing.PRIMARY)
+    assert (found["points"], found["spread"]) == pytest.approx((points, spread))
+    assert found["freedom"] == 20
+    half = stats.t.ppf(0.975, 20) * error
+    assert (found["low"], found["high"]) == pytest.approx((points - half, points + half))
+    assert found["p"] == pytest.approx(2 * stats.t.sf(abs(points) / error, 20))
+    alone = growing.by_seed(cross, growing.PRIMARY)
+    assert len(alone) == 5 and alone.mean() == pytest.approx(points)
+
+
+def test_the_smallest_visible_effect_is_seen_in_four_of_five_studies(growing):
+    visible = growing.smallest_visible(growing.PRIMARY, 5, 0.4, 20)
+    assert visible == pytest.approx(1.05, abs=0.01)
+    assert growing.smallest_visible(growing.PRIMARY, 5, 0.4, 4) == pytest.approx(1.33, abs=0.02)
+    noise = np.random.default_rng(0).normal(0, 0.4, (20_000, 6, 5))     # (studies, cells, seeds)
+    rest = noise - noise.mean(2, keepdims=True) - noise.mean(1, keepdims=True)
+    rest += noise.mean((1, 2), keepdims=True)
+    spread = np.sqrt((rest ** 2).sum((1, 2)) / 20)
+    points = visible + noise.mean(2) @ [1, -1, -1, 1, 0, 0]
+    is_seen = abs(points) / (spread * np.sqrt(4 / 5)) > stats.t.ppf(0.975, 20)
+    assert is_seen.mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("low, high, words", [
+    (0.1, 2.0, "growing pays more where"), (-2.0, -0.1, "growing pays less where"),
+    (-0.99, 0.99, "there is no interaction as large as 1 point"),
+    (-1.01, 0.5, "we cannot tell"), (-0.5, 1.01, "we cannot tell"), (-3.0, 3.0, "we cannot tell"),
+    (0.01, 0.5, "growing pays more where")])
+def test_no_interaction_is_said_only_within_the_margin(growing, low, high, words):
+    assert growing.verdict({"low": low, "high": high}).startswith(words)
+
+
+@pytest.mark.parametrize("swap", [("growing", "constant"), ("all", "merged")])
+def test_swapped_labels_swap_the_verdict(growing, study, swap):
+    """The rows of the study with two names exchanged, through all that the README says."""
+    means = {("growing", "merged"): 72, ("growing", "all"): 69}
+
+    def renamed(cell):
+        names = dict([swap, swap[::-1]])
+        return tuple(names.get(part, part) for part in cell)
+
+    cross = cross_of(growing, study(means))
+    swapped = {cell: cross[renamed(cell)] for cell in cross}
+    before, after = (growing.estimate(each, growing.PRIMARY) for each in (cross, swapped))
+    assert growing.verdict(before) == "growing pays more where tokens are merged"
+    assert growing.verdict(after) == "growing pays less where tokens are merged"
+    assert after["points"] == pytest.approx(-before["points"])
+    first, second = (growing.primary_sentences(each)[0] for each in (cross, swapped))
+    assert second == first.replace("more", "less")
+
+
+def test_secondary_p_values_are_adjusted_for_all_nine(growing, study):
+    means = {("shrinking", "all"): 71, ("growing", "twin"): 69.7, ("growing", "merged"): 70.2}
+    sets = growing.complete_sets(study(means))
+    accuracies = {name: growing.accuracies_of(runs) for name, runs in sets.items()}
+    found = growing.secondary_tests(accuracies)
+    assert list(found) == list(growing.SECONDARY)
+    lowest = 0.0
+    ordered = sorted(found.values(), key=lambda each: each["p"])
+    for number, each in enumerate(ordered):                         # Holm 1979, by hand
+        lowest = max(lowest, min(1.0, (9 - number) * each["p"]))
+        assert each["adjusted"] == pytest.approx(lowest)
+    cross = growing.secondary_tests({"equal operations": accuracies["equal operations"]})
+    assert len(cross) == 5                                          # the twins are not there yet
+    smallest = min(cross.values(), key=lambda each: each["p"])
+    assert smallest["adjusted"] == pytest.approx(9 * smallest["p"])
+
+
+# ---------------------------------------------------------------- what is said, and when
+
+def test_nothing_is_said_of_a_cross_that_lacks_a_run(growing, job, study):
+    done = study({("growing", "merged"): 75})
+    assert "pays more" in growing.summary(done)
+    assert "img/growing.png" in growing.texts_for_pages(done)["growing figure"]
+    del done[job.plan_key(growing.runs_of(("shrinking", "all"), 0.008)[4])]
+    texts = growing.texts_for_pages(done)
+    assert texts["growing figure"] == ""
+    assert texts["growing"].startswith("Still to be trained: 1 of 30 runs of the cross; ")
+    assert "%" not in texts["growing"] and growing.complete_sets(done) == {}
+    assert growing.complete_sets({}) == {}
+    assert "18 of 18 trials of the cross, 30 of 30 runs" in growing.summary({})
+
+
+def test_without_the_twins_the_cross_has_its_verdict(growing, study):
+    done = {key: row for key, row in study({}).items()
+            if growing.parameters_of(("growing", "twin"))["dims"] != row["parameters"]["dims"]
+            or row["parameters"]["merge_at"] == ""}
+    text = growing.summary(done)
+    assert "at equal operations" in text and "equal parameters is not trained yet" in text
+    assert text.count("\n| ") == 6 + 2                      # its six cells below the header
+
+
+def test_the_figure_shows_every_seed(growing, study):
+    sets = growing.complete_sets(study({}))
+    accuracies = {name: growing.accuracies_of(runs) for name, runs in sets.items()}
+    figure = growing.draw_growing(accuracies)
+    vit_helpers.check_titles(figure)
+    for axis in figure.axes:
+        drawn = sum(len(line.get_ydata()) for line in axis.lines if line.get_marker() == "o")
+        assert drawn == 3 * 2 * 5 and len(axis.lines) == 3 * (5 + 1)
+    assert {line.get_label() for line in figure.axes[0].lines} >= set(SHAPES)
