@@ -301,6 +301,13 @@ def test_from_memory_and_from_files_come_the_same_images(datasets, tmp_path, mon
     assert (whole.mean, whole.std) == (later.mean, later.std)
 
 
+def test_classes_of_unlike_size_are_noted(load, tmp_path):
+    """From less than a tenth of the largest one's training images on."""
+    assert load(make(tmp_path / "tenth", a=14, b=124)).notes == []          # 10 and 100 to train on
+    assert load(make(tmp_path / "less", a=14, b=136)).notes == [
+        "classes are of unlike size: 10 images of a to train on, 110 of b; see class_weights"]
+
+
 def formats():
     """The formats that Pillow both writes and reads here, by writing and reading one image."""
     Image.init()
