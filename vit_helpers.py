@@ -1023,12 +1023,13 @@ def show_images(images, titles=None, columns=8, size=1.1, colors=None):
     return figure
 
 
-def show_predictions(run, part=slice(None), columns=8):
+def show_predictions(run, part=slice(None), columns=8, size=1.35):
     """Sample inference of a run: 16 test images drawn at random, then up to 16 errors, the most
     confident first.  Returns the figure.
 
-    part: which of them; None is returned where there are none.  A title says what the model sees
-    and its confidence; where that is wrong it is red and says what the image is.
+    part: which of them; None is returned where there are none.  size: of an image, in inches.  A
+    title says what the model sees and its confidence; where that is wrong it is red and says what
+    the image is.
     """
     classes = read_json(find_run(run) / "config.json")["classes"]
     stored = read_predictions(run)
@@ -1044,7 +1045,7 @@ def show_predictions(run, part=slice(None), columns=8):
             title += f"\nnot {classes[label]}"
         titles.append(title.replace("/", "/ "))
     colors = ["black" if right else "#B00020" for right in guesses == labels]
-    return show_images(images, titles, columns, size=1.35, colors=colors)
+    return show_images(images, titles, columns, size, colors=colors)
 
 
 def plot_spread(axis, histories, tag, label, color, **line):
