@@ -303,9 +303,10 @@ def test_from_memory_and_from_files_come_the_same_images(datasets, tmp_path, mon
 
 def test_classes_of_unlike_size_are_noted(load, tmp_path):
     """From less than a tenth of the largest one's training images on."""
-    assert load(make(tmp_path / "tenth", a=14, b=124)).notes == []          # 10 and 100 to train on
-    assert load(make(tmp_path / "less", a=14, b=136)).notes == [
-        "classes are of unlike size: 10 images of a to train on, 110 of b; see class_weights"]
+    others = dict(val__a=1, val__b=1, test__a=1, test__b=1)
+    assert load(make(tmp_path / "tenth", train__a=2, train__b=20, **others)).notes == []
+    assert load(make(tmp_path / "less", train__a=2, train__b=21, **others)).notes == [
+        "classes are of unlike size: 2 images of a to train on, 21 of b; see class_weights"]
 
 
 def formats():
