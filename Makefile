@@ -86,7 +86,7 @@ data: setup     ## fetch a data set for machines without a network: make data DA
 lab: setup      ## open the suite in JupyterLab, on this machine only
 	python -m jupyterlab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)
 
-tensorboard: setup   ## watch runs/ in TensorBoard, on this machine only
-	python -m tensorboard.main --logdir "$$($(PYTHON) 'import vit_helpers; print(vit_helpers.RUNS)')" --host localhost $(TENSORBOARD_OPTIONS)
+tensorboard: setup   ## watch your runs in TensorBoard, on this machine only: make tensorboard [RUNS="published/**"]
+	@python scripts/watch.py "$(RUNS)" --options="$(TENSORBOARD_OPTIONS)"
 
 .PHONY: help setup train test lint figures compare runs published study growing bench results retest predict export notebooks data lab tensorboard

@@ -108,7 +108,7 @@ PARAMETERS = {
     "epochs": (int, None), "batch_size": (int, None), "micro_batch_size": (int, None),
     "learning_rate": (float, None), "warmup_epochs": (float, None), "weight_decay": (float, None),
     "schedule": (str, None), "momentum": (float, None), "grad_clip": (float, None),
-    "label_smoothing": (float, None),
+    "label_smoothing": (float, None), "class_weights": (str, None),
     "augment": (str, None), "mix": (float, None), "ema_decay": (float, None),
     "image_size": (int, None), "patch_size": (int, None), "dims": (str, None),
     "depth": (int, None), "head_dim": (int, None), "mlp_ratio": (float, None),
@@ -617,7 +617,7 @@ OLD_NAMES = {"clip": "grad_clip", "position_std": "pos_embed_std", "positions": 
              "pictures": "images", "places": "indices"}
 # Settings that earlier versions did not know, and what they meant by that.
 NEUTRAL = {"initial_weights": None, "mix": 0.0, "ema_decay": 0.0, "schedule": "cosine",
-           "merge_at": [], "stem": "patch"}
+           "merge_at": [], "stem": "patch", "class_weights": None}
 
 
 def renamed(mapping):
@@ -1023,16 +1023,20 @@ def show_images(images, titles=None, columns=8, size=1.1, colors=None):
     return figure
 
 
-def show_predictions(run):
+def show_predictions(run, part=slice(None), columns=8, size=1.35):
     """Sample inference of a run: 16 test images drawn at random, then up to 16 errors, the most
-    confident first.
+    confident first.  Returns the figure.
 
-    A title says what the model sees and its confidence; where that is wrong it is red and says what
+    part: which of them; None is returned where there are none.  size: of an image, in inches.  A
+    title says what the model sees and its confidence; where that is wrong it is red and says what
     the image is.
     """
     classes = read_json(find_run(run) / "config.json")["classes"]
     stored = read_predictions(run)
-    logits, labels = (stored[name][stored["indices"]] for name in ("logits", "labels"))
+    images, indices = stored["images"][part], stored["indices"][part]
+    if len(images) == 0:
+        return None
+    logits, labels = (stored[name][indices] for name in ("logits", "labels"))
     confidences, guesses = logits.softmax(1).max(1)
     titles = []
     for guess, confidence, label in zip(guesses, confidences, labels, strict=True):
@@ -1041,7 +1045,7 @@ def show_predictions(run):
             title += f"\nnot {classes[label]}"
         titles.append(title.replace("/", "/ "))
     colors = ["black" if right else "#B00020" for right in guesses == labels]
-    return show_images(stored["images"], titles, size=1.35, colors=colors)
+    return show_images(images, titles, columns, size, colors=colors)
 
 
 def plot_spread(axis, histories, tag, label, color, **line):

@@ -42,7 +42,7 @@ def suite(tmp_path_factory):
     copy.mkdir()
     for name in ("vit_helpers.py", "Makefile", "requirements.txt", "constraints.txt"):
         shutil.copy2(vit_helpers.ROOT / name, copy)
-    for name in ("notebooks", "runs/published", "saved_models/published"):
+    for name in ("notebooks", "runs/published", "saved_models/published", "scripts"):
         shutil.copytree(vit_helpers.ROOT / name, copy / name)
     shutil.copytree(vit_helpers.NOTEBOOKS, copy / "stored")
     (copy / ".venv").symlink_to(vit_helpers.ROOT / ".venv")
@@ -304,13 +304,32 @@ def test_run_all_cells(lab, page, suite, name):
     clear_outputs(path)
     started = time.monotonic()
     open_notebook(page, lab[1], f"notebooks/{name}.ipynb")
+    titles = watch_title(page)
     cells = run_all(page, path)
     assert not errors(cells)
     print(f"{name}: {len(cells)} cells in {time.monotonic() - started:.0f} s")
     screenshot(page, name)
     assert look(page, path) == []                   # now with sliders and progress bars
+    if name == "06_run":                            # its training cell is out of sight
+        shown = titles()
+        print("titles:", shown)
+        assert re.fullmatch(r"\d/4 · \d+\.\d%", shown[0]) and shown[-1].startswith("4/4")
+        assert "javascript" not in path.read_text()
     if name == "08_inside":
         slider_moves_the_figure(page)
+
+
+WATCH = """() => {
+    window.titles = [];
+    new MutationObserver(() => window.titles.push(document.title))
+        .observe(document.querySelector("title"), {childList: true});
+}"""
+
+
+def watch_title(page):
+    """Note the titles that the page gets; returns a function that gives those of a training."""
+    page.evaluate(WATCH)
+    return lambda: [title for title in page.evaluate("window.titles") if "%" in title]
 
 
 def slider_moves_the_figure(page):
@@ -330,15 +349,44 @@ def slider_moves_the_figure(page):
 
 # ---- TensorBoard
 
-def test_tensorboard_shows_the_published_scalars(suite, page):
+def rightmost(page, text):
+    """The largest x at which a text is seen; the lists at the left are below 280."""
+    boxes = [place.bounding_box() for place in page.get_by_text(text, exact=True).all()]
+    return max(box["x"] for box in boxes if box)
+
+
+COLUMNS = ["learning_rate", "model", "recipe", "settings", "accuracy/val", "accuracy/test"]
+
+
+def test_tensorboard_shows_ones_own_runs_as_they_begin(suite, page, settings, running):
+    """The published ones are left out; a run that begins while it is open is there, and the
+    columns of HPARAMS are few, in their order."""
     process, address = serve(suite, "tensorboard", "TENSORBOARD_OPTIONS=--port 0",
                              r"http://localhost:\d+")
     try:
         assert listening(process) <= {"127.0.0.1", "::1"}
+        mine = suite / "runs/mine"
+        mine.mkdir()
+        shutil.copy(suite / "runs/published/digits-seed0-vit/config.json", mine)
+        with contextlib.closing(running.open_writer(mine, settings(drop_path=0.1))) as writer:
+            for tag in COLUMNS[-2:]:
+                writer.add_scalar(tag, 0.5, 1)
+        deadline, runs = time.monotonic() + 60, []
+        while not runs:
+            assert time.monotonic() < deadline, "the new run is not found"
+            time.sleep(0.5)
+            runs = json.loads(urllib.request.urlopen(f"{address}/data/runs").read())
+        assert runs == ["mine"]
         page.goto(f"{address}/#timeseries")
         page.get_by_text("accuracy/val").first.wait_for(timeout=60_000)
-        page.get_by_text("published/digits-seed0-vit").first.wait_for(timeout=60_000)
-        page.wait_for_timeout(2000)
         screenshot(page, "tensorboard")
+        page.goto(f"{address}/#hparams")
+        page.reload()
+        page.get_by_text("accuracy/test").first.wait_for(timeout=60_000)
+        page.get_by_text("drop_path 0.1,").first.wait_for(timeout=60_000)
+        screenshot(page, "tensorboard_hparams")
+        places = [rightmost(page, name) for name in COLUMNS]
+        print(dict(zip(COLUMNS, places, strict=True)))
+        assert places == sorted(places) and 280 < places[0] and places[-1] < SIZE["width"]
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -301,6 +301,14 @@ def test_from_memory_and_from_files_come_the_same_images(datasets, tmp_path, mon
     assert (whole.mean, whole.std) == (later.mean, later.std)
 
 
+def test_classes_of_unlike_size_are_noted(load, tmp_path):
+    """From less than a tenth of the largest one's training images on."""
+    others = dict(val__a=1, val__b=1, test__a=1, test__b=1)
+    assert load(make(tmp_path / "tenth", train__a=2, train__b=20, **others)).notes == []
+    assert load(make(tmp_path / "less", train__a=2, train__b=21, **others)).notes == [
+        "classes are of unlike size: 2 images of a to train on, 21 of b; see class_weights"]
+
+
 def formats():
     """The formats that Pillow both writes and reads here, by writing and reading one image."""
     Image.init()

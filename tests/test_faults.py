@@ -59,6 +59,8 @@ SETTINGS = [
      "learning_rate is nan; it must be a finite number"),
     ("a momentum of 1", dict(momentum=1.0), "momentum is 1.0; it must be at least 0 and below 1"),
     ("label smoothing above 1", dict(label_smoothing=1.5), "label_smoothing is 1.5"),
+    ("class weights that there are not", dict(class_weights="equal"),
+     "class_weights is 'equal'.*Allowed: balanced"),
     ("dropout of 1", dict(dropout=1.0), "dropout is 1.0; it must be at least 0 and below 1"),
     ("all data for validation", dict(val_fraction=1.0), "val_fraction is 1.0"),
     ("an augmentation that there is not", dict(augment="cutout"),

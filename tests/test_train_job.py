@@ -1,5 +1,6 @@
 """train_job.sh and notebook 6 as a user runs them, without SLURM; several ranks by torchrun."""
 import contextlib
+import csv
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
 import vit_helpers
 from jobs import SCRIPT, SMALL, train_job, untimed
@@ -49,7 +51,19 @@ def test_the_predictions_and_the_model_of_a_run_say_what_its_results_say(whole, 
         assert set(stored.files) == {"logits", "labels", "images", "indices"}
         assert stored["logits"].shape == (359, 10) and stored["logits"].dtype == np.float16
         accuracy = (stored["logits"].argmax(1) == stored["labels"]).mean()
+        guesses, labels = stored["logits"].argmax(1), stored["labels"]
     assert accuracy == pytest.approx(results["test_accuracy"], abs=0.01)
+    balanced = sklearn.metrics.balanced_accuracy_score(labels, guesses)
+    assert results["balanced_accuracy"] == pytest.approx(balanced, abs=0.01)
+    with open(vit_helpers.RUNS / "whole" / "per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == digits.classes
+    sizes, rates = zip(*((int(row["test_images"]), float(row["test_accuracy"])) for row in rows),
+                       strict=True)
+    assert np.average(rates, weights=sizes) == pytest.approx(results["test_accuracy"], abs=1e-5)
+    assert np.mean(rates) == pytest.approx(results["balanced_accuracy"], abs=1e-5)
+    trained = [int(row["training_images"]) for row in rows]
+    assert (sum(trained), sum(sizes)) == (len(digits.train), len(digits.test))
     model = vit_helpers.load_model("whole")
     again = training.evaluate(model, digits, digits.test, model.config)
     assert again["accuracy"] == pytest.approx(results["test_accuracy"])
@@ -144,7 +158,8 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_result(whole, number):
     left = {path.name for base in (vit_helpers.RUNS, vit_helpers.SAVED_MODELS)
             for path in (base / run).iterdir()}
     assert left - logs == {"best.pt", "last.pt", "previous.pt", ".lock", "config.json",
-                           "results.json", "predictions.npz", "06_run.ipynb"}
+                           "results.json", "predictions.npz", "per_class.csv", "progress.log",
+                           "06_run.ipynb"}
     print(f"run {number}: killed {kills} times, finished with the undisturbed result")
 
 

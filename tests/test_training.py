@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,74 @@ def test_accumulated_gradients_give_the_same_step(settings, train):
     parts = train({**config, "micro_batch_size": 5})[1][0]
     assert whole["train_loss"] == pytest.approx(parts["train_loss"], rel=1e-5)
     assert whole["val_loss"] == pytest.approx(parts["val_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def uneven(digits, datasets):
+    """Digits with all training images of a 0, and five of each other."""
+    labels = digits.train.labels
+    few = [torch.where(labels == label)[0][:5] for label in range(1, 10)]
+    train = digits.train.subset(torch.cat([torch.where(labels == 0)[0], *few]))
+    return datasets.Data(train, digits.val, digits.test, digits.classes)
+
+
+def test_balanced_weights_are_those_of_scikit_learn(uneven, training):
+    from sklearn.utils.class_weight import compute_class_weight
+    labels = uneven.train.labels
+    wanted = compute_class_weight("balanced", classes=np.arange(10), y=labels.numpy())
+    weights = training.balanced_weights(labels, 10)
+    assert weights.tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+    assert weights[labels].mean().item() == pytest.approx(1) and weights[1] > 20 * weights[0]
+
+
+@pytest.mark.parametrize("mix, smoothing, micro", [(0.0, 0.0, None), (0.0, 0.1, 5), (0.5, 0.1, 7)])
+def test_the_weighted_loss_of_a_step_by_hand(uneven, training, settings, mix, smoothing, micro):
+    """Hard labels as torch has it; smoothed and mixed targets by a weight of the whole image; the
+    gradient is of the sum divided by the number of images, in however many micro-batches."""
+    config = settings(mix=mix, label_smoothing=smoothing, class_weights="balanced", augment="none",
+                      micro_batch_size=micro, batch_size=64)
+    model = vit_helpers.build_model(config).double()
+    state = training.start_training(model, uneven, config)
+    images, labels = next(uneven.train.batches([torch.arange(len(uneven.train))[-64:]]))
+    images, targets = training.prepare(images, labels, uneven, config,
+                                       vit_helpers.generator("weighted"))
+    images = images.double()
+    loss, _, number = training.forward_and_backward(state, images, targets.double()
+                                                    if mix else targets, labels).tolist()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+
+    logits = model(images)
+    asked = targets.double() if mix else torch.nn.functional.one_hot(labels, 10).double()
+    soft = (1 - smoothing) * asked + smoothing / 10                             # (64, 10)
+    losses = -(soft * logits.log_softmax(1)).sum(1)
+    by_hand = (asked @ state.class_weights.double() * losses).sum()
+    assert (loss, number) == (pytest.approx(by_hand.item()), 64)
+    if not mix and not smoothing:
+        by_torch = torch.nn.functional.cross_entropy(
+            logits, labels, weight=state.class_weights.double(), reduction="sum")
+        assert by_hand.item() == pytest.approx(by_torch.item())
+    (by_hand / 64).backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_class_weights_are_for_training_alone_and_locked(tmp_path, uneven, settings, train,
+                                                         training):
+    """The model no longer answers with the large class alone; validation counts each image once;
+    a run that began without weights does not go on with them."""
+    answers = {}
+    for weights in (None, "balanced"):
+        config = settings(class_weights=weights, epochs=4, learning_rate=0.02)
+        model, history = train(config, tmp_path / str(weights), uneven)
+        logits, labels = training.predict_split(model, uneven, uneven.val, config)
+        assert history[-1]["val_loss"] == pytest.approx(
+            torch.nn.functional.cross_entropy(logits.double(), labels).item())
+        answers[weights] = (logits.argmax(1) == 0).double().mean().item()
+    print("answered 0:", answers)
+    assert answers["balanced"] < 0.5 and answers[None] > 0.9
+    with pytest.raises(ValueError, match="class_weights was None and is now 'balanced'"):
+        train(config, tmp_path / "None", uneven)
 
 
 def test_best_checkpoint_is_the_lowest_validation_loss(tmp_path, digits, settings, train, training):

@@ -18,7 +18,8 @@ training = vit_helpers.load_notebook("04_training")
 
 def train(micro_batch_size, recipe):
     """The losses of 50 steps, and what validation says afterwards."""
-    config = small_config(batch_size=30, micro_batch_size=micro_batch_size or None, recipe=recipe)
+    config = small_config(batch_size=30, micro_batch_size=micro_batch_size or None, recipe=recipe,
+                          class_weights="balanced" if recipe == "muon" else None)
     data = vit_helpers.load_notebook("02_data").load_data("digits")
     model = vit_helpers.build_model(config).double()
     state = training.start_training(model, data, config)
