@@ -46,7 +46,7 @@ runs: setup     ## list the runs that are here
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
 	@$(PYTHON) "$(LOAD) load('11_results').train_published()"
 
-study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
+study: setup    ## train what notebook 9 asks for, many small models, where it is missing (an hour on two cores; in colour, several)
 	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"
 
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour): make bench [IMAGES=folder]
