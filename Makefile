@@ -47,7 +47,7 @@ runs: setup     ## list the runs that are here
 published: setup   ## train the published runs where they are missing (over an hour on two cores)
 	@$(PYTHON) "$(LOAD) load('11_results').train_published()"
 
-study: setup    ## train what notebook 9 asks for, many small models, where it is missing (over an hour on two cores)
+study: setup    ## train what notebook 9 asks for, many small models, where it is missing (an hour on two cores; in colour, several)
 	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"
 
 growing: setup  ## train notebook 12's cross of growing and merging where runs are missing (hours on two cores)
