@@ -44,8 +44,8 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 runs: setup     ## list the runs that are here
 	@$(PYTHON) "import vit_helpers; vit_helpers.print_runs()"
 
-published: setup   ## train the published runs where they are missing (over an hour on two cores)
-	@$(PYTHON) "$(LOAD) load('11_results').train_published()"
+published: setup   ## train the published runs where they are missing (a night on two cores): make published [ONLY="contestants"]
+	@$(PYTHON) "$(LOAD) load('11_results').train_published('$(ONLY)')"
 
 study: setup    ## train what notebook 9 asks for, many small models, where it is missing (an hour on two cores; in colour, several)
 	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"

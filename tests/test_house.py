@@ -194,7 +194,8 @@ def test_the_settings_of_every_published_run_are_still_the_same_run(run):
     known = set(vit_helpers.default_parameters()) - vit_helpers.NOT_COMPARED
     settings = vit_helpers.renamed_config(config)
     given = {name: value for name, value in settings.items() if name in known}
-    given["dims"], given["merge_at"] = ",".join(map(str, given["dims"])), ""
+    for name in ("dims", "merge_at"):
+        given[name] = ",".join(map(str, given[name]))
     today = running.resolve({**vit_helpers.default_parameters(), **given, "run": "same"})
     facts = {name: settings[name] for name in vit_helpers.DATA_FACTS}
     configured = running.configure(today, settings["in_channels"], settings["num_classes"])

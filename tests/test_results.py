@@ -1,5 +1,6 @@
 """Notebook 11: the plans, the published runs and their checkpoints; notebook 10's tables."""
 import json
+import re
 
 import pytest
 import torch
@@ -36,25 +37,26 @@ def draw_greys(folder):
 
 @pytest.fixture(scope="module")
 def greys(results, tmp_path_factory):
-    """The CPU's plan trained for one epoch on greys: the name of its run."""
+    """The smallest of the CPU's plans trained for one epoch on greys: their folder."""
     folder = draw_greys(tmp_path_factory.mktemp("images") / "greys")
-    results.run_results(folder, epochs=1, kind="cpu")
+    results.run_results(folder, **SMALL_PLAN)
     return folder
 
 
+SMALL_PLAN = {"only": "greys-cpu", "epochs": 1, "kind": "cpu"}
 GREYS = "results-1-epochs/greys-cpu-seed0"
 
 
 def test_a_plan_is_trained_once(results, greys):
     stored = vit_helpers.RUNS / GREYS / "results.json"
     trained = stored.stat().st_mtime_ns
-    results.run_results(greys, epochs=1, kind="cpu")
+    results.run_results(greys, **SMALL_PLAN)
     assert stored.stat().st_mtime_ns == trained
     assert vit_helpers.read_json(stored)["epochs"] == 1
 
 
 def test_the_minutes_of_what_is_left_come_first(results, greys, capfd):
-    results.run_results(greys, epochs=1, kind="cpu")
+    results.run_results(greys, **SMALL_PLAN)
     assert capfd.readouterr().out.startswith("greys-cpu: 0 of 1 runs to train: about 0 minutes")
 
 
@@ -89,7 +91,7 @@ def test_publishing_halves_a_checkpoint_once(results, greys, monkeypatch, tmp_pa
 
 
 def test_an_unknown_configuration_is_refused_with_the_list(results):
-    with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu"):
+    with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu-20-minutes, "):
         results.run_results("greys", only="best", kind="cpu")
 
 
@@ -102,25 +104,136 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(results, greys, tm
     """The first plan has no data."""
     bad = results.budget_plans(str(tmp_path / "nowhere"), "cpu", "results-1-epochs", 1)
     good = results.budget_plans(greys, "cpu", "results-good", 1)
+    plans = {"nowhere": bad["nowhere-cpu"], "greys": good["greys-cpu"]}
     with pytest.raises(SystemExit, match="results-1-epochs/nowhere-cpu-seed0"):
-        results.train_all({**bad, **good})
+        results.train_all(plans)
     assert (vit_helpers.RUNS / "results-good" / "greys-cpu-seed0" / "results.json").exists()
 
 
-def test_the_published_plan_names_the_published_runs(results):
-    planned = sorted(run["run"] for run in results.published_plan())
-    patterns = ("digits-*", "fashion-mnist-*", "more/*")
-    there = [path for pattern in patterns for path in PUBLISHED.glob(pattern)]
-    assert planned == sorted(str(path.relative_to(PUBLISHED.parent)) for path in there)
+@pytest.fixture(scope="module")
+def planned(results):
+    """{run: parameters} of all that `make published` trains."""
+    return {entry["run"]: entry for plan, _ in results.published_plans().values() for entry in plan}
 
 
-def test_the_published_plan_has_the_settings_of_the_published_runs(results):
+def test_the_published_plans_name_the_published_runs(planned):
+    there = {str(path.parent.relative_to(PUBLISHED.parent))
+             for path in PUBLISHED.rglob("config.json")}
+    assert there <= set(planned)
+
+
+def test_the_published_plans_have_the_settings_of_the_published_runs(planned):
     job = vit_helpers.load_notebook("06_run")
-    for planned in results.published_plan():
-        config = published_run(planned["run"])["config"]
-        settings = job.resolve({**vit_helpers.default_parameters(), **planned})
+    there = [entry for entry in planned.values() if job.is_finished(entry)]
+    for entry in there:
+        config = published_run(entry["run"])["config"]
+        settings = job.resolve({**vit_helpers.default_parameters(), **entry})
         facts = {name: config[name] for name in vit_helpers.DATA_FACTS}
-        vit_helpers.refuse_changes(config, {**settings, **facts}, planned["run"])
+        vit_helpers.refuse_changes(config, {**settings, **facts}, entry["run"])
+    assert len(there) >= 24
+
+
+def test_every_planned_model_is_small_and_every_contestant_has_three_seeds(results, planned):
+    for parameters, *_ in results.configurations("cifar10", "cpu").values():
+        assert results.models.count_parameters(results.model_of(parameters)[1]) <= 3_000_000
+    seeds = {}
+    for run, entry in planned.items():
+        if "more/" not in run and "headline/" not in run:
+            seeds.setdefault(run.replace(f"seed{entry['seed']}", ""), set()).add(entry["seed"])
+    assert len(seeds) == 4 * 3 + 3 and all(found == {0, 1, 2} for found in seeds.values())
+
+
+def test_towers_at_equal_operations_cost_what_the_vit_costs(results):
+    equal, towers = results.colour_contestants(), results.at_equal_operations()
+    wanted = results.operations(equal[0])
+    ratios = {entry["model"]: results.operations(entry) / wanted for entry in towers[::3]}
+    print(ratios)
+    assert len(towers) == 9 and set(ratios) == set(results.models.MODELS) - {"vit"}
+    assert all(abs(ratio - 1) < 0.02 for ratio in ratios.values())
+    ways = {(entry["precision"], entry["threads"]) for entry in [*equal, *towers]}
+    assert len(ways) == 1                           # what stands in one table is trained alike
+
+
+def test_a_plan_that_was_begun_keeps_its_precision_and_threads(results, monkeypatch):
+    plan = [{"run": "alike/seed0"}, {"run": "alike/seed1"}]
+    for units, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(results.job, "has_bf16_units", lambda device, units=units: units)
+        assert results.trained_alike(plan, 1)[0] == {**plan[0], "precision": precision,
+                                                     "threads": 1}
+    begun = {"precision": "bf16", "threads": 2}
+    (vit_helpers.RUNS / "alike/seed1").mkdir(parents=True)
+    vit_helpers.write_json(vit_helpers.RUNS / "alike/seed1/config.json", begun)
+    assert results.trained_alike(plan, 1) == [{**entry, **begun} for entry in plan]
+    assert results.trained_alike([{"run": "other"}], 1, others=plan) == [{"run": "other", **begun}]
+
+
+def test_runs_that_were_not_trained_alike_are_counted(results):
+    config = published_run("published/digits-seed0-vit")["config"]
+    assert results.unlike([config, config]) == ""
+    said = results.unlike([config, {**config, "precision": "bf16"}, config])
+    assert re.search("2 by torch .* fp32, 2 threads; 1 by torch .* bf16, 2 threads", said)
+
+
+# ---------------------------------------------------------------- the baseline
+
+def test_the_baseline_costs_what_the_vit_costs_and_learns(results, greys):
+    """By the plan's own way, with Muon and with SGD, on a folder of greys."""
+    _, vit = results.model_of({**results.MERGED, "dataset": "cifar10"})
+    cnn = results.as_cnn(vit, {"network": "cnn"})
+    ratio = results.models.count_flops(cnn) / results.models.count_flops(vit)
+    assert abs(ratio - 1) < 0.02 and results.as_cnn(vit, {}) is None
+    short = {"dataset": greys, "epochs": 2, "seed": 0, "batch_size": 8, "precision": "fp32"}
+    for recipe in results.RATES:
+        entry = {**results.CNN, **short, "recipe": recipe}
+        row = results.job.train_to_a_line(entry, results.as_cnn, results.OWN)
+        assert row["test_accuracy"] > 0.9 and row["size"] < results.models.count_parameters(vit)
+
+
+def test_the_baseline_is_chosen_on_validation_loss(results):
+    done = {results.job.plan_key(trial): {"val_loss": number}
+            for number, trial in enumerate(reversed(results.baseline_trials()))}
+    last = results.baseline_trials()[-1]
+    runs = results.baseline_runs(done)
+    assert [run["seed"] for run in runs] == [0, 1, 2] and "test" not in runs[0]
+    assert {(run["recipe"], run["learning_rate"]) for run in runs} == {
+        (last["recipe"], last["learning_rate"])}
+    assert results.baseline_runs(dict(list(done.items())[1:])) == []
+
+
+# ---------------------------------------------------------------- robustness
+
+def test_robustness_is_deterministic_and_clean_is_what_was_published(results, tmp_path, capfd):
+    found = vit_helpers.read_runs(["published/digits-seed0-vit"], finished=True)
+    first = results.measure_robustness(tmp_path / "a.json", found)
+    again = results.measure_robustness(tmp_path / "b.json", found)
+    assert first == again == vit_helpers.read_json(tmp_path / "a.json")
+    numbers = first["published/digits-seed0-vit"]
+    said = found[0]["results"]["test_accuracy"]
+    assert numbers["clean"] == pytest.approx(said, abs=1e-9)
+    capfd.readouterr()
+    assert results.measure_robustness(tmp_path / "a.json", found) == first
+    assert capfd.readouterr().out == ""             # what the file holds is not measured again
+    assert "| ViT | 96.9 |" in results.robustness_table(first)
+
+
+def test_each_corruption_does_what_its_severity_says(results):
+    images = torch.randint(64, 192, (8, 3, 32, 32), dtype=torch.uint8)
+    for kind, severities in results.CORRUPTIONS.items():
+        changes = [(results.corrupted(images, kind, severity).float() - images).square().mean()
+                   for severity in (0, *severities)]
+        assert changes[0] == 0 and changes == sorted(changes)
+    noise = results.corrupted(images, "noise", 10).float() - images
+    assert noise.std().item() == pytest.approx(10, rel=0.1)
+    left = results.corrupted(images, "contrast", 0.4).float().std() / images.float().std()
+    assert left.item() == pytest.approx(0.4, abs=0.02)
+
+
+def test_the_calibration_error_of_stored_predictions_by_hand(results):
+    """Two bins of 15: confidence .55, half of 4 right; confidence .95, all of 4 right."""
+    confidence = torch.tensor([0.55] * 4 + [0.95] * 4)
+    logits = torch.stack([confidence, 1 - confidence], dim=1).log()
+    error, _ = results.inside.calibration(logits, torch.tensor([0, 0, 1, 1, 0, 0, 0, 0]), 15)
+    assert error == pytest.approx((0.05 + 0.05) / 2, abs=1e-6)
 
 
 def test_the_budget_plans_are_runs_of_seeds(results):
