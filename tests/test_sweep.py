@@ -148,7 +148,7 @@ def test_runs_that_fail_or_are_killed_are_named_and_the_others_trained(running, 
     assert '"learning_rate": 7.0}: FloatingPointError: the training loss is nan' in said
     assert '"learning_rate": 9.0}: its process ended with code -9' in said
     shown = capsys.readouterr().out
-    assert "5/5 done" in shown and "3 of 5 runs are there" in shown
+    assert "5/5 done" in shown and "3 of 5 runs (the same command goes on" in shown
     assert "Lowest validation loss: learning_rate=0.1, 0.0000 (n = 1: it may be chance" in shown
     monkeypatch.setattr(running, "train_to_a_line", None)       # nothing is left to train
     running.run_sweep("RUN=fails learning_rate=0.01,0.1,1")
@@ -192,8 +192,10 @@ def test_the_best_setting_is_that_of_the_lowest_mean_over_whole_sets_of_seeds(ru
     assert "seed" not in running.sweep_command(plan, done, "best")
     three = [trial for trial in plan if trial != plan[3]]       # the seed at 0.9 has failed
     assert running.best_trial(three, done)["learning_rate"] == 0.1
+    del done[running.plan_key(plan[1])]
     with pytest.raises(KeyError):
-        running.best_trial(plan, {})
+        running.best_trial(plan, done)
+    assert running.trial_losses(plan, done)[0][0]["learning_rate"] == 0.3   # n = 2 before n = 1
 
 
 def test_the_command_trains_the_setting_that_was_tried(running):
