@@ -57,6 +57,10 @@ bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (h
 	python -m pip install -q --disable-pip-version-check timm vit-pytorch
 	@$(PYTHON) "$(LOAD) load('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
 
+sweep: export SWEEP = $(MAKEOVERRIDES)
+sweep: setup    ## try settings, judged on validation data: make sweep RUN=eight learning_rate=0.03,0.1 drop_path=0,0.1 [epochs=2] [at_once=2]
+	@$(PYTHON) "import os; $(LOAD) load('06_run').run_sweep(os.environ['SWEEP'])"
+
 results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
 	@$(PYTHON) "$(LOAD) load('11_results').run_results('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(EPOCHS)' or 0), '$(KIND)', '$(or $(FOLDER),results)')"
 
@@ -89,4 +93,4 @@ lab: setup      ## open the suite in JupyterLab, on this machine only
 tensorboard: setup   ## watch your runs in TensorBoard, on this machine only: make tensorboard [RUNS="published/**"]
 	@python scripts/watch.py "$(RUNS)" --options="$(TENSORBOARD_OPTIONS)"
 
-.PHONY: help setup train test lint figures compare runs published study growing bench results retest predict export notebooks data lab tensorboard
+.PHONY: help setup train test lint figures compare runs published study growing sweep bench results retest predict export notebooks data lab tensorboard
