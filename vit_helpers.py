@@ -658,7 +658,8 @@ def find(run, file, kind):
     if kind == "saved_models" and (RUNS / name / "config.json").exists():
         said += (f"; {RUNS / name} is there, so its model was deleted or its first epoch is not "
                  "over: the same command trains on")
-    raise FileNotFoundError(said + (f"; near it: {', '.join(near)}" if near else ""))
+    others = f"near it: {', '.join(near)}" if near else "`make runs` lists those that are there"
+    raise FileNotFoundError(f"{said}; {others}")
 
 
 def bare_name(run):

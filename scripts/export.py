@@ -374,6 +374,15 @@ def check(run, contents):
             f"{len(images)}: {by_onnx:.2g} in onnxruntime, {by_torch:.2g} in model.py")
 
 
+def make_folder(folder):
+    """Make a folder if it is missing; OSError with the way out if it cannot be made."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OSError(f"could not make {folder}: {error.strerror}; name another --output") \
+            from error
+
+
 def check_target(target, replace):
     """OSError if the export may not or should not be written at `target`."""
     if not target.parent.is_dir():
@@ -427,18 +436,26 @@ def export(options):
     if options.output is not None:
         target = Path(os.path.realpath(options.output))  # a link stays a link
     else:
-        with contextlib.suppress(OSError):      # the check says what is missing
-            target.parent.mkdir(exist_ok=True)
+        make_folder(target.parent)
     check_target(target, options.replace)
     contents = contents_of(run)
     said = check(run, contents)
     write_folder(target, contents)
     for name in FILES:
         print(f"{len(contents[name]):>12,} bytes  {target / name}")
-    print(said)
+    print(said, flush=True)
 
 
 # ---------------------------------------------------------------- from a shell
+
+def in_words(error):
+    """An error in one sentence, where Python itself would say [Errno 13] or [Errno 28]."""
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot read {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"could not write standard output: {error.strerror}"
+    return str(error).splitlines()[0]
+
 
 def parse(arguments):
     """The options that were typed."""
@@ -461,7 +478,7 @@ def main(arguments=None):
         export(options)
         return 0
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(f"export: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"export: {in_words(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("export: interrupted; nothing was written", file=sys.stderr)
         return 130

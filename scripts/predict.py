@@ -361,7 +361,8 @@ def main(arguments=None):
     except torch.OutOfMemoryError:
         say(f"out of memory on the device; try --batch-size {max(1, options.batch_size // 4)}")
     except (OSError, ValueError, RuntimeError) as error:
-        say(str(error).splitlines()[0])
+        closed = isinstance(error, OSError) and error.filename      # as Python itself says it
+        say(f"cannot read {closed}: {error.strerror}" if closed else str(error).splitlines()[0])
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -389,4 +389,5 @@ def test_tensorboard_shows_ones_own_runs_as_they_begin(suite, page, settings, ru
         print(dict(zip(COLUMNS, places, strict=True)))
         assert places == sorted(places) and 280 < places[0] and places[-1] < SIZE["width"]
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGTERM)      # so that it removes its folder of links
+        process.wait(30)

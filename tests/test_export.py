@@ -201,3 +201,26 @@ def test_what_is_missing_is_said_in_a_sentence(monkeypatch, capfd, digits):
     assert export.main(["published/digits-seed0-vitt"]) == 1
     assert "near it: published/digits-seed0-vit" in capfd.readouterr().err
     shutil.rmtree(vit_helpers.SAVED_MODELS / "merged", ignore_errors=True)
+
+
+ERRORS = [      # what happens, what is then said
+    (PermissionError(13, "Permission denied", "best.pt"), "cannot read best.pt: Permission denied"),
+    (OSError(28, "No space left on device"), "could not write standard output: No space left on"),
+    (OSError("could not write x: No space left\nmore"), "could not write x: No space left$"),
+]
+
+
+@pytest.mark.parametrize("error, said", ERRORS, ids=[row[1][:20] for row in ERRORS])
+def test_errors_of_the_system_are_said_in_a_sentence(error, said, monkeypatch, capfd):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(export, "export", fail)
+    assert export.main([RUN]) == 1
+    assert re.match(f"export: {said}", capfd.readouterr().err)
+
+
+def test_a_home_that_may_not_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="could not make .*exports: Not a dir.*name another --output"):
+        export.make_folder(tmp_path / "file" / "exports")

@@ -122,6 +122,7 @@ BAD = [     # what is typed after the run's name, and what it ends with
      "has no classes in its config, so it was not written by notebook 6"),
     ("a run without a model's class", lambda: checkpoint_without("class"), ["."],
      "has no class in its config"),
+    ("a run that is like no other", "zzz", ["."], "`make runs` lists those that are there"),
     ("no such folder", RUN, ["nowhere"], "no images in nowhere"),
     ("an empty folder", RUN, ["empty"], "no images in empty"),
     ("all unreadable", RUN, ["bad"], "none of 2 files can be read as an image"),
@@ -170,17 +171,20 @@ def test_folders_without_permission(photos, tmp_path):
     closed = tmp_path / "closed"
     shutil.copytree(photos / "new", closed / "in")
     closed.chmod(0)
-    command = [sys.executable, SCRIPT, RUN]
+    command = [sys.executable, SCRIPT]
     if not os.geteuid():                                # root may read all, unless it gives that up
         if not shutil.which("setpriv"):
             pytest.skip("root may read all, and there is no setpriv to give that up")
         given_up = "-dac_override,-dac_read_search"
         command = ["setpriv", f"--bounding-set={given_up}", f"--inh-caps={given_up}", *command]
+    locked = shutil.copy(vit_helpers.find_checkpoint(RUN), tmp_path / "best.pt")
+    locked.chmod(0)
     try:
-        for arguments, said in [([closed], "no images in"),
-                                ([photos, "--output", closed / "x.csv"], "may not be written")]:
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-            assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
+        for run, arguments, said in [
+                (RUN, [closed], "no images in"), (locked, [photos], "cannot read .*best.pt: Perm"),
+                (RUN, [photos, "--output", closed / "x.csv"], "may not be written")]:
+            done = subprocess.run([*command, run, *arguments], capture_output=True, text=True)
+            assert done.returncode == 1 and re.search(said, done.stderr.splitlines()[-1])
             assert "Traceback" not in done.stderr and done.stdout == ""
     finally:
         closed.chmod(0o755)
