@@ -1,5 +1,6 @@
 """12_growing: cells of equal cost, a plan that peeks nowhere, contrasts, and verdicts that follow
 the numbers.  Rows are made up and go through the real functions; nothing is trained."""
+import inspect
 import json
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_it_is_the_one_way_to_train_a_plan(growing, job, monkeypatch, tmp_path):
     """Trials, with those of an extended grid, before runs; the cross before the twins."""
     calls = []
 
-    def train_plan(plan, lines):
+    def train_plan(plan, lines, **options):
         calls.append((plan[0]["seed"], plan[0]["merge_at"], len(plan)))
         with open(lines, "a") as file:
             for run in plan:
@@ -122,7 +123,8 @@ def test_it_is_the_one_way_to_train_a_plan(growing, job, monkeypatch, tmp_path):
                                        "val_loss": abs(run["learning_rate"] - 0.016)}) + "\n")
 
     monkeypatch.setattr(growing.job, "train_plan", train_plan)
-    monkeypatch.setattr(growing, "say_minutes", lambda path: None)
+    announce = inspect.signature(growing.job.announce)
+    monkeypatch.setattr(growing.job, "announce", lambda *given: announce.bind(*given))
     monkeypatch.setitem(growing.SHARED, "dataset", str(tmp_path))
     growing.run_growing(tmp_path / "lines.jsonl")
     assert calls == [(100, "", 18), (100, "", 24), (0, "", 30),
@@ -167,10 +169,10 @@ def test_the_smallest_visible_effect_is_seen_in_four_of_five_studies(growing):
 
 
 @pytest.mark.parametrize("low, high, words", [
-    (0.1, 2.0, "growing pays more where"), (-2.0, -0.1, "growing pays less where"),
+    (0.1, 2.0, "growing gains more, or"), (-2.0, -0.1, "growing gains less, or"),
     (-0.99, 0.99, "there is no interaction as large as 1 point"),
     (-1.01, 0.5, "we cannot tell"), (-0.5, 1.01, "we cannot tell"), (-3.0, 3.0, "we cannot tell"),
-    (0.01, 0.5, "growing pays more where")])
+    (0.01, 0.5, "growing gains more, or")])
 def test_no_interaction_is_said_only_within_the_margin(growing, low, high, words):
     assert growing.verdict({"low": low, "high": high}).startswith(words)
 
@@ -187,8 +189,8 @@ def test_swapped_labels_swap_the_verdict(growing, study, swap):
     cross = cross_of(growing, study(means))
     swapped = {cell: cross[renamed(cell)] for cell in cross}
     before, after = (growing.estimate(each, growing.PRIMARY) for each in (cross, swapped))
-    assert growing.verdict(before) == "growing pays more where tokens are merged"
-    assert growing.verdict(after) == "growing pays less where tokens are merged"
+    assert growing.verdict(before) == "growing gains more, or loses less, where tokens are merged"
+    assert growing.verdict(after) == "growing gains less, or loses more, where tokens are merged"
     assert after["points"] == pytest.approx(-before["points"])
     first, second = (growing.primary_sentences(each)[0] for each in (cross, swapped))
     assert second == first.replace("more", "less")
@@ -215,7 +217,7 @@ def test_secondary_p_values_are_adjusted_for_all_nine(growing, study):
 
 def test_nothing_is_said_of_a_cross_that_lacks_a_run(growing, job, study):
     done = study({("growing", "merged"): 75})
-    assert "pays more" in growing.summary(done)
+    assert "gains more, or" in growing.summary(done)
     assert "img/growing.png" in growing.texts_for_pages(done)["growing figure"]
     del done[job.plan_key(growing.runs_of(("shrinking", "all"), 0.008)[4])]
     texts = growing.texts_for_pages(done)

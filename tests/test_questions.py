@@ -1,6 +1,7 @@
 """09_questions: a plan that asks everything once, a stored study that answers it, and verdicts that
 follow the numbers."""
 import copy
+import inspect
 import json
 import re
 import subprocess
@@ -340,14 +341,15 @@ def test_the_study_is_two_calls_of_the_one_way_to_train(questions, job, planned,
     questions.run_study(tmp_path / "study.jsonl")
     assert len(planned) == 2
     options = {"change": questions.fix_pos_embed, "own": ("pos_embed",)}
-    assert [each for _, each in planned] == [options, options]
+    assert [each for _, each in planned] == [{**options, "wait": True}, options]
     questions.check_complete(questions.GREY_QUESTIONS, job.read_lines(tmp_path / "study.jsonl"))
 
 
 def test_in_colour_all_minutes_come_first_and_then_one_question_after_the_other(
         questions, job, planned, tmp_path, monkeypatch):
-    announced = []
-    monkeypatch.setattr(questions.job, "announce", lambda *given: announced.append(given))
+    announced, announce = [], inspect.signature(job.announce)
+    monkeypatch.setattr(job, "announce",
+                        lambda *given: announced.append(announce.bind(*given).args))
     path = tmp_path / "colour.jsonl"
     path.write_text(COLOUR.read_text())
     before = job.read_lines(path)

@@ -158,13 +158,16 @@ def test_a_plan_that_was_begun_keeps_its_precision_and_threads(results, monkeypa
     plan = [{"run": "alike/seed0"}, {"run": "alike/seed1"}]
     for units, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(results.job, "has_bf16_units", lambda device, units=units: units)
+        results.cpu_precision.cache_clear()
         assert results.trained_alike(plan, 1)[0] == {**plan[0], "precision": precision,
-                                                     "threads": 1}
+                                                     "threads": 1, "device": "cpu"}
+    results.cpu_precision.cache_clear()
     begun = {"precision": "bf16", "threads": 2}
     (vit_helpers.RUNS / "alike/seed1").mkdir(parents=True)
     vit_helpers.write_json(vit_helpers.RUNS / "alike/seed1/config.json", begun)
-    assert results.trained_alike(plan, 1) == [{**entry, **begun} for entry in plan]
-    assert results.trained_alike([{"run": "other"}], 1, others=plan) == [{"run": "other", **begun}]
+    assert results.trained_alike(plan, 1) == [{**entry, **begun, "device": "cpu"} for entry in plan]
+    assert results.trained_alike([{"run": "other"}], 1, others=plan) == [
+        {"run": "other", **begun, "device": "cpu"}]
 
 
 def test_runs_that_were_not_trained_alike_are_counted(results):
@@ -176,7 +179,7 @@ def test_runs_that_were_not_trained_alike_are_counted(results):
 
 # ---------------------------------------------------------------- the baseline
 
-def test_the_baseline_costs_what_the_vit_costs_and_learns(results, greys):
+def test_the_baseline_costs_what_the_vit_costs_and_learns(results, greys, tmp_path):
     """By the plan's own way, with Muon and with SGD, on a folder of greys."""
     _, vit = results.model_of({**results.MERGED, "dataset": "cifar10"})
     cnn = results.as_cnn(vit, {"network": "cnn"})
@@ -185,7 +188,7 @@ def test_the_baseline_costs_what_the_vit_costs_and_learns(results, greys):
     short = {"dataset": greys, "epochs": 2, "seed": 0, "batch_size": 8, "precision": "fp32"}
     for recipe in results.RATES:
         entry = {**results.CNN, **short, "recipe": recipe}
-        row = results.job.train_to_a_line(entry, results.as_cnn, results.OWN)
+        row = results.job.train_to_a_line(entry, tmp_path / recipe, results.as_cnn, results.OWN)
         assert row["test_accuracy"] > 0.9 and row["size"] < results.models.count_parameters(vit)
 
 
