@@ -131,7 +131,8 @@ def fake_row(parameters, *_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
     loss = abs(np.log10(rate) + 1) + parameters.get("seed", 0) / 10
     return {"parameters": {name: parameters[name] for name in parameters if name != "test"},
-            "val_loss": loss, "val_accuracy": 0.5, "best_epoch": 1, "seconds": 1.0, "size": 10}
+            "val_loss": loss, "val_accuracy": 0.5, "best_epoch": 1, "seconds": 1.0, "size": 10,
+            "device_name": "a processor"}
 
 
 def no_minutes(*_):
