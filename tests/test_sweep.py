@@ -63,7 +63,7 @@ def test_killed_it_goes_on_to_the_table_of_an_undisturbed_one(running, capsys):
     assert columns(again) == columns(table) and len(columns(table)) == 4
     assert (vit_helpers.RUNS / "undisturbed" / "losses.png").exists()
     vit_helpers.read_runs()
-    assert "skipped" not in capsys.readouterr().out     # a sweep's folder is not taken for a run
+    assert "killed" not in capsys.readouterr().out      # a sweep's folder is not taken for a run
 
 
 # ---------------------------------------------------------------- what is refused
