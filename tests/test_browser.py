@@ -271,7 +271,7 @@ def run_all(page, path):
     """Run All Cells of the notebook that is open; returns its code cells as JupyterLab saved them,
     once all have run or one has failed."""
     click_run_all(page)
-    deadline = time.monotonic() + 240
+    deadline, reloaded = time.monotonic() + 240, False
     while time.monotonic() < deadline:
         page.wait_for_timeout(500)
         page.keyboard.press("Control+s")
@@ -283,6 +283,10 @@ def run_all(page, path):
         done = [cell for cell in cells if cell.execution_count]
         if len(done) == len(cells) or errors(cells):
             return cells
+        if not done and not reloaded and time.monotonic() > deadline - 160:
+            page.reload()                           # a kernel that did not start, a dialog, …
+            page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+            reloaded = True
         waiting = page.locator(".jp-InputPrompt", has_text="[*]").count()
         if not done and not waiting:                # clicked before JupyterLab was listening
             click_run_all(page)

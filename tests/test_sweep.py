@@ -22,8 +22,9 @@ TWO_BY_TWO = "learning_rate=0.03,0.1 drop_path=0,0.1"
 def make_sweep(run, *words):
     """`make sweep` as one types it, in a group of processes of its own; .venv is used as it is."""
     command = ["make", "--old-file", ".venv/done", "sweep", f"RUN={run}", *words]
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
     return subprocess.Popen(command, cwd=vit_helpers.ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+                            stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
 def rows_of(running, run):
