@@ -6,7 +6,7 @@ export VIT_CWD := $(CURDIR)
 QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
 PAPERMILL := python -W ignore -m papermill $(QUIET)
 PYTHON := python -c
-LOAD := import vit_helpers; load = vit_helpers.load_notebook;
+LOAD := import vit_helpers; vit_helpers.show_errors_in_a_line(); load = vit_helpers.load_notebook;
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
 COLOUR ?= runs/published/colour.jsonl

@@ -277,6 +277,18 @@ def check_ranges(parameters):
                 raise ValueError(f"{name} is {shortened(value)}; it must be {rule}")
 
 
+def show_errors_in_a_line():
+    """For the commands of make: a ValueError or OSError, which bad input raises, ends in its own
+    sentence; any other error keeps its traceback."""
+    def show(kind, error, trace):
+        if issubclass(kind, (ValueError, OSError)):
+            print(error, file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show
+
+
 def one_of(name, value, allowed):
     """`value`, if it is one of `allowed` but for capitals, as it is spelled there; else a
     ValueError that lists them."""

@@ -1,6 +1,8 @@
 """Notebook 11: the plans, the published runs and their checkpoints; notebook 10's tables."""
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,6 +95,17 @@ def test_publishing_halves_a_checkpoint_once(results, greys, monkeypatch, tmp_pa
 def test_an_unknown_configuration_is_refused_with_the_list(results):
     with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu-20-minutes, "):
         results.run_results("greys", only="best", kind="cpu")
+
+
+def test_commands_of_make_say_what_is_wrong_without_a_traceback():
+    """Through the words with which make loads the suite."""
+    makefile = (vit_helpers.ROOT / "Makefile").read_text()
+    words = re.search("^LOAD := (.*)$", makefile, re.MULTILINE)[1]
+    wrong = words + " vit_helpers.one_of('ONLY', 'collour', ['colour'])"
+    shown = subprocess.run([sys.executable, "-c", wrong], cwd=vit_helpers.ROOT,
+                           capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert shown.stderr == "ONLY is 'collour', did you mean 'colour'? Allowed: colour\n"
 
 
 def test_an_unknown_kind_is_refused_with_the_list(results):
