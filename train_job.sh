@@ -145,11 +145,12 @@ fi
 # port; the one that dies of it before it has run anything is started again.
 quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption"; }
 rank() {
-    local code errors="$VIT_JOB/errors${RANK:-0}"
+    local code output=- errors="$VIT_JOB/errors${RANK:-0}"
+    [ "${RANK:-0}" = 0 ] || output=/dev/null                # each would print the same
     for _ in 1 2 3; do
         python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
             -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
-            --stdout-file - --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
+            --stdout-file "$output" --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
         code=$?
         sleep 1
         grep -q "Kernel died before replying to kernel_info" "$errors" || return "$code"

@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 import types
 import zipfile
 from pathlib import Path
@@ -278,10 +279,12 @@ def check_ranges(parameters):
 
 
 def show_errors_in_a_line():
-    """For the commands of make: a ValueError or OSError, which bad input raises, ends in its own
-    sentence; any other error keeps its traceback."""
+    """For the commands of make: what the suite itself says of bad input, a ValueError or OSError
+    raised here or in a notebook, ends in its own sentence; any other error keeps its traceback."""
     def show(kind, error, trace):
-        if issubclass(kind, (ValueError, OSError)):
+        *_, last = traceback.extract_tb(trace)
+        is_ours = last.filename == __file__ or last.filename.startswith(str(NOTEBOOKS))
+        if is_ours and issubclass(kind, (ValueError, OSError)):
             print(error, file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
@@ -398,9 +401,12 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+OF_NOTEBOOKS = "JPY_SESSION_NAME", "VSCODE_PID"     # set where a person opened the notebook
+
+
 def someone_watches():
     """Whether a person sees the output as it comes, so that a progress bar makes sense."""
-    in_a_notebook = "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ
+    in_a_notebook = any(name in os.environ for name in OF_NOTEBOOKS)
     return in_a_notebook or sys.stderr.isatty()
 
 

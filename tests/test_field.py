@@ -337,6 +337,14 @@ def test_a_run_name_that_cannot_be_a_folder_is_refused(running, run):
     assert len(str(caught.value)) < 150
 
 
+@pytest.mark.parametrize("recipe", [None, "finetune"])
+def test_a_small_folder_gets_a_small_batch_by_any_recipe(running, tmp_path, recipe):
+    (tmp_path / "a").mkdir()
+    for number in range(40):
+        (tmp_path / "a" / f"{number}.png").touch()
+    assert resolve(running, dataset=str(tmp_path), recipe=recipe)["batch_size"] == 8
+
+
 @pytest.mark.parametrize("name", [".pets", "-x", "(1) pets", "a..b", "\u65e5\u672c\u8a9e" * 25,
                                   "x" * 240, "data set"])
 def test_a_default_name_is_a_folders_whatever_the_data_set_is_called(running, tmp_path, name):

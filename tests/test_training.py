@@ -213,7 +213,7 @@ def test_an_orthogonal_step_keeps_the_singular_vectors(training):
     for shape in ((3, 48, 16), (2, 16, 48), (1, 32, 32)):
         matrices = torch.randn(shape, dtype=torch.float64)
         u, values, v = torch.linalg.svd(matrices, full_matrices=False)
-        inside = u.mT @ training.orthogonalised(matrices) @ v.mT            # (K, r, r)
+        inside = u.mT @ training.newton_schulz(matrices) @ v.mT            # (K, r, r)
         diagonal = inside.diagonal(dim1=1, dim2=2)
         assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-9
         usual = values > 0.05 * values.max()            # the smallest need more steps than five
@@ -229,6 +229,18 @@ def test_queries_keys_and_values_are_made_orthogonal_each_by_itself(training):
     training.Muon([{"params": [together], "pieces": 3}], lr=0.1).step()
     training.Muon(apart, lr=0.1).step()
     torch.testing.assert_close(together.detach(), torch.cat([part.detach() for part in apart]))
+
+
+def test_muon_leaves_frozen_matrices_alone(models, training):
+    model = models.ViT(8, 2, in_channels=1, dims=(16, 16), head_dim=16).requires_grad_(False)
+    model.head.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = training.make_muon(model, 0.1, 0.95, 0.0, "fp32")
+    model(torch.rand(4, 1, 8, 8)).logsumexp(1).sum().backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items()
+               if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
 
 
 def test_muons_steps_point_where_torchs_do(training):
