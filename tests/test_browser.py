@@ -302,7 +302,7 @@ def clear_outputs(path):
     nbformat.write(notebook, path)
 
 
-@pytest.mark.parametrize("name", ["06_run", "08_inside"])      # nbval runs them all
+@pytest.mark.parametrize("name", ["06_run", "08_inside"])
 def test_run_all_cells(lab, page, suite, name):
     path = suite / "notebooks" / f"{name}.ipynb"
     clear_outputs(path)

@@ -434,13 +434,3 @@ def test_outputs_name_no_folder_and_fit_the_screen(outputs):
     lines = [line for each in found for line in each.get("text", "").splitlines()]
     assert [line for line in lines if len(line) > SCREEN] == []
     assert not [each for each in found if each.output_type == "execute_result"]
-
-
-def test_a_run_that_is_not_finished_is_refused(merging_run):
-    unfinished = vit_helpers.RUNS / "unfinished"
-    unfinished.mkdir()
-    config = (vit_helpers.RUNS / merging_run / "config.json").read_text()
-    (unfinished / "config.json").write_text(config)
-    sentence = "run unfinished .* it is not finished"
-    with pytest.raises(papermill.PapermillExecutionError, match=sentence):
-        execute(vit_helpers.NOTEBOOKS / "08_inside.ipynb", run="unfinished", compare_with=None)
