@@ -92,6 +92,9 @@ def test_interrupted_by_a_signal_it_goes_on_to_the_same_result(whole):
     assert shown.returncode == 0 and "goes on from its last checkpoint" in shown.stdout
     assert "epoch   3/12" not in shown.stdout
     assert untimed("parts") == untimed("whole")         # no epoch twice, none missing
+    config = json.loads((vit_helpers.RUNS / "parts" / "config.json").read_text())
+    started = [each["started"] for each in config["tries"]]
+    assert len(started) == 2 and started[0] < started[1] == config["started"]
 
 
 def descendants(process):
