@@ -161,6 +161,12 @@ def test_groups_that_differ_in_three_settings_say_so_first(comparison, published
     assert "batch_size 32" in vit and "batch_size 64" in tower
 
 
+def test_groups_that_were_trained_in_other_precisions_say_so(comparison, published):
+    groups = comparison.group_runs([published["vit"], changed(published["towervit"],
+                                                              precision="bf16")])["digits"]
+    assert "in precision (fp32 / bf16)" in comparison.verdict(groups).split("\n")[0]
+
+
 def test_groups_that_differ_in_the_model_alone_need_no_such_line(comparison, published):
     groups = comparison.group_runs(published.values())["digits"]
     assert "differ" not in comparison.verdict(groups)
