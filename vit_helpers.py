@@ -1067,6 +1067,14 @@ def show_predictions(run, part=slice(None), columns=8, size=1.35):
     return show_images(images, titles, columns, size, colors=colors)
 
 
+def markdown_table(header, rows, sides="l"):
+    """A Markdown table of anything that `str` writes.  `sides`: a letter for each column from the
+    first on, l for left or r for right; the others are set to the right."""
+    rules = [{"l": "---", "r": "--:"}[side] for side in sides.ljust(len(header), "r")]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
+
 def plot_spread(axis, histories, tag, label, color, **line):
     """A curve over epochs: the mean over `histories` (from `read_history`), and a band from the
     lowest to the highest.  Epochs that one of them lacks are left out."""
