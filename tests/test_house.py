@@ -61,12 +61,14 @@ def test_what_the_helper_holds_is_used():
     """By more than one notebook, by the contract (DESIGN), make, train_job.sh or the helper."""
     contract = {"check_parameters", "default_parameters", "load_notebook", "load_model", "predict",
                 "read_history", "read_image", "build_model", "normalise"}
-    commands = "".join((vit_helpers.ROOT / name).read_text() for name in ("Makefile", "train_job.sh"))
+    commands = "".join((vit_helpers.ROOT / name).read_text()
+                       for name in ("Makefile", "train_job.sh"))
     tree = ast.parse(HELPER.read_text())
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     inside = {node.id for node in ast.walk(tree)
               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    others = {name for name in defined - contract - inside if f"vit_helpers.{name}(" not in commands}
+    others = {name for name in defined - contract - inside
+              if f"vit_helpers.{name}(" not in commands}
     users = {name: [notebook for notebook in NAMES if re.search(rf"\b{name}\b", code_of(notebook))]
              for name in others}
     print("\n".join(f"{name}: {', '.join(where)}" for name, where in sorted(users.items())))
