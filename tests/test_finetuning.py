@@ -76,7 +76,7 @@ def test_the_loss_after_a_step_equals_torchvisions(training, theirs, ours):
     datasets = vit_helpers.load_notebook("02_data")
     data = datasets.Data(*[datasets.Split(images, labels)] * 3, range(10))
     settings = {**training.COMMON, **training.RECIPES["finetune"], "augment": "none", "seed": 0,
-                "micro_batch_size": None, "precision": "fp32"}
+                "batch_size": 8, "micro_batch_size": None, "precision": "fp32"}
     training.train_step(training.start_training(ours.train(), data, settings), images, labels)
 
     images = data.normalise(images)
