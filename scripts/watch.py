@@ -62,13 +62,15 @@ def watch(patterns, options):
         which = " ".join(patterns) or "all but the published ones"
         print(f"{len(runs)} of the runs in {vit_helpers.RUNS}: {which}; new ones appear as they "
               "begin", flush=True)
-        threading.Thread(target=keep_renewing, args=(Path(folder), patterns, ended),
-                         daemon=True).start()
+        renewing = threading.Thread(target=keep_renewing, args=(Path(folder), patterns, ended),
+                                    daemon=True)
+        renewing.start()
         sys.argv = ["tensorboard", "--logdir", folder, "--host", "localhost", *options]
         try:
             run_main()
         finally:
             ended.set()
+            renewing.join()                     # before the folder of links is deleted
 
 
 def main(arguments=None):
