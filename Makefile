@@ -42,7 +42,7 @@ compare: setup  ## the same for your own runs: make compare RUNS="mnist-* publis
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
-	@$(PYTHON) "import vit_helpers; vit_helpers.print_runs()"
+	@$(PYTHON) "$(LOAD) vit_helpers.print_runs()"
 
 published: setup   ## train the published runs where they are missing (a night on two cores): make published [ONLY="contestants"]
 	@$(PYTHON) "$(LOAD) load('11_results').train_published('$(ONLY)')"

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import vit_helpers
 
@@ -159,6 +160,21 @@ def test_groups_that_differ_in_three_settings_say_so_first(comparison, published
     header, _, vit, tower = comparison.results_table(groups["digits"]).split("\n")
     assert "what differs" in header
     assert "batch_size 32" in vit and "batch_size 64" in tower
+
+
+def test_p_values_are_adjusted_for_the_number_of_comparisons(comparison, published):
+    accuracies = {"first": [0.90, 0.91, 0.92], "second": [0.93, 0.94, 0.95],
+                  "third": [0.90, 0.915, 0.92], "alone": [0.99]}
+    groups = {label: [{**published["vit"], "results": {"test_accuracy": each}} for each in values]
+              for label, values in accuracies.items()}
+    second, third, alone = comparison.compare_with_first(groups)
+    first = accuracies["first"]
+    p = {label: stats.ttest_ind(first, accuracies[label], equal_var=False).pvalue
+         for label in ("second", "third")}
+    assert f"p = {2 * p['second']:.2g} adjusted for 2 tests" in second and 2 * p["second"] < 0.05
+    assert "second is 3.00 points ahead of first: more than the spread" in second
+    assert f"p = {p['third']:.2g} adjusted for 2 tests" in third
+    assert "too few to test" in alone
 
 
 def test_groups_that_were_trained_in_other_precisions_say_so(comparison, published):
