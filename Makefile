@@ -27,7 +27,7 @@ train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
 
 test: setup lint    ## all tests, the notebooks among them
-	python -m pytest -q -rs -n 3 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks/0[1-5]_*.ipynb --nbval-lax --nbval-current-env
+	python -m pytest -q -rs -n 4 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks/0[1-5]_*.ipynb --nbval-lax --nbval-current-env
 
 lint: setup     ## what a reader would trip over, in .py files and notebooks
 	python -m ruff check .
