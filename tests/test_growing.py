@@ -241,7 +241,7 @@ def test_without_the_twins_the_cross_has_its_verdict(growing, study):
             or row["parameters"]["merge_at"] == ""}
     text = growing.summary(done)
     assert "at equal operations" in text and "equal parameters is not trained yet" in text
-    assert text.count("\n| ") == 1 + 6                      # the header and its six cells
+    assert text.count("\n| ") == 1 + 6 + 1 + 5              # headers, six cells, five contrasts
 
 
 def test_the_figure_shows_every_seed(growing, study):
@@ -249,7 +249,9 @@ def test_the_figure_shows_every_seed(growing, study):
     accuracies = {name: growing.accuracies_of(runs) for name, runs in sets.items()}
     figure = growing.draw_growing(accuracies)
     vit_helpers.check_titles(figure)
-    for axis in figure.axes:
+    for axis in figure.axes[:2]:
         drawn = sum(len(line.get_ydata()) for line in axis.lines if line.get_marker() == "o")
         assert drawn == 3 * 2 * 5 and len(axis.lines) == 3 * (5 + 1)
     assert {line.get_label() for line in figure.axes[0].lines} >= set(SHAPES)
+    names = [text.get_text() for text in figure.axes[2].get_yticklabels()]
+    assert names == ["interaction of growing", *growing.SECONDARY]
