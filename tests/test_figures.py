@@ -120,6 +120,14 @@ def test_what_does_not_change_the_result_splits_no_group(comparison, published, 
     assert len(comparison.group_runs([run, other])["digits"]["ViT"]) == 2
 
 
+def test_values_that_are_written_alike_are_groups_of_their_own(comparison, published):
+    long = "/somewhere/" + 60 * "x"
+    runs = [changed(published["vit"], f"from{end}", initial_weights=f"{long}/{end}/{long}")
+            for end in "ab"]
+    groups = comparison.group_runs([published["vit"], *runs])["digits"]
+    assert [len(members) for members in groups.values()] == [1, 1, 1]
+
+
 def test_a_data_set_is_the_same_however_its_path_was_typed(comparison, published):
     run = published["vit"]
     typed = [changed(run, dataset="./pets", folder="/data/pets"),
@@ -174,7 +182,14 @@ def test_p_values_are_adjusted_for_the_number_of_comparisons(comparison, publish
     assert f"p = {2 * p['second']:.2g} adjusted for 2 tests" in second and 2 * p["second"] < 0.05
     assert "second is 3.00 points ahead of first: more than the spread" in second
     assert f"p = {p['third']:.2g} adjusted for 2 tests" in third
-    assert "too few to test" in alone
+    assert "too few to test; the standard error from 359 test images is 0.00" in alone  # one model
+    equal = [{**published["vit"], "results": {"test_accuracy": 0.9}} for _ in range(2)]
+    ahead = [{**published["towervit"], "results": {"test_accuracy": 0.91}} for _ in range(2)]
+    [sentence] = comparison.compare_with_first({"first": equal, "second": ahead})
+    right = [comparison.right(published[name]) for name in ("vit", "towervit")]
+    error = 100 * (right[1] - right[0]).std() / len(right[0]) ** 0.5        # image by image
+    assert f"test images is {error:.2f}" in sentence
+    assert "without any spread to test by" in sentence
 
 
 def test_groups_that_were_trained_in_other_precisions_say_so(comparison, published):

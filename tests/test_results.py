@@ -59,7 +59,7 @@ def test_a_plan_is_trained_once(results, greys):
 
 def test_the_minutes_of_what_is_left_come_first(results, greys, capfd):
     results.run_results(greys, **SMALL_PLAN)
-    assert capfd.readouterr().out.startswith("greys-cpu: 0 of 1 runs to train: about 0 minutes")
+    assert capfd.readouterr().out.startswith("greys-cpu: 0 of 1 runs to train, about 0 minutes")
 
 
 def test_its_checkpoint_is_tested_again(results, greys, capfd):
@@ -85,6 +85,10 @@ def test_publishing_halves_a_checkpoint_once(results, greys, monkeypatch, tmp_pa
     path.parent.mkdir(parents=True)
     path.write_bytes(source.read_bytes())
     monkeypatch.setattr(vit_helpers, "SAVED_MODELS", tmp_path)
+    monkeypatch.setattr(vit_helpers, "RUNS", tmp_path)
+    results.publish_checkpoints()
+    assert path.read_bytes() == source.read_bytes()     # still trained: it will be tested as it is
+    (path.parent / "results.json").write_text("{}")
     results.publish_checkpoints()
     once = path.stat().st_mtime_ns
     assert path.stat().st_size < 0.6 * source.stat().st_size

@@ -187,17 +187,26 @@ def test_the_best_setting_is_that_of_the_lowest_mean_over_whole_sets_of_seeds(ru
     losses = [0.5, 0.7, 0.4, 0.9]                       # means 0.60 and 0.65
     done = {running.plan_key(trial): {**fake_row(trial), "val_loss": loss}
             for trial, loss in zip(plan, losses, strict=True)}
-    assert running.best_trial(plan, done)["learning_rate"] == 0.1
+    assert running.trial_losses(plan, done)[0][0]["learning_rate"] == 0.1
     assert "0.6000 ± 0.1414 |   2" in running.sweep_table(plan, done)
     assert "n = 2; the next is 0.0500 behind, less than two standard errors" in (
         running.sweep_verdict(plan, done))
     assert "seed" not in running.sweep_command(plan, done, "best")
     three = [trial for trial in plan if trial != plan[3]]       # the seed at 0.9 has failed
-    assert running.best_trial(three, done)["learning_rate"] == 0.1
+    assert running.trial_losses(three, done)[0][0]["learning_rate"] == 0.1
     del done[running.plan_key(plan[1])]
-    with pytest.raises(KeyError):
-        running.best_trial(plan, done)
     assert running.trial_losses(plan, done)[0][0]["learning_rate"] == 0.3   # n = 2 before n = 1
+
+
+def test_rates_at_which_the_loss_is_no_number_are_said_to_diverge(running):
+    plan = running.sweep_plan({"learning_rate": [0.1, 100.0], "seed": [0, 1]})
+    lost = {"val_loss": np.inf, "val_accuracy": 0.0, "best_epoch": 0}
+    done = {running.plan_key(trial): fake_row(trial) for trial in plan}
+    done.update({key: {**row, **lost} for key, row in done.items() if "100.0" in key})
+    assert "(n = 2; the next diverged)" in running.sweep_verdict(plan, done)
+    assert "diverged |" in running.sweep_table(plan, done)
+    everything = {key: {**row, **lost} for key, row in done.items()}
+    assert running.sweep_verdict(plan, everything).startswith("All settings diverged")
 
 
 def test_the_command_trains_the_setting_that_was_tried(running):
@@ -214,3 +223,7 @@ def test_a_best_value_at_the_end_of_those_tried_is_said(running):
     plan = running.sweep_plan({"learning_rate": [0.001, 0.01, 0.1]})
     done = {running.plan_key(trial): fake_row(trial) for trial in plan}
     assert "No learning_rate beyond 0.1 was tried." in running.sweep_verdict(plan, done)
+    plan = running.sweep_plan({"drop_path": [0.0, 0.1, 0.2], "learning_rate": 0.1})
+    done = {running.plan_key(trial): {**fake_row(trial), "val_loss": trial["drop_path"]}
+            for trial in plan}
+    assert "beyond" not in running.sweep_verdict(plan, done)        # nothing lies below 0
