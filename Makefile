@@ -6,7 +6,9 @@ export VIT_CWD := $(CURDIR)
 QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
 PAPERMILL := python -W ignore -m papermill $(QUIET)
 PYTHON := python -c
-LOAD := import vit_helpers; vit_helpers.show_errors_in_a_line(); load = vit_helpers.load_notebook;
+LOAD := import os, vit_helpers; vit_helpers.show_errors_in_a_line(); load = vit_helpers.load_notebook;
+# A variable that was given, as Python: make exports it, so no quote in it can end the text.
+given = (os.environ.get('$(1)') or '$(2)')
 OUT ?= comparison
 SUMMARY ?= runs/published/study.jsonl
 COLOUR ?= runs/published/colour.jsonl
@@ -14,11 +16,12 @@ GROWING ?= runs/published/growing.jsonl
 BENCH ?= runs/bench.json
 
 help:           ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 STAMP := .venv/done$(if $(LOCKED),-locked)
 setup: $(STAMP)     ## make .venv and install requirements.txt (LOCKED=1: in the versions of constraints.txt)
 $(STAMP): requirements.txt $(if $(LOCKED),constraints.txt)
+	@python3 -c 'import sys; sys.exit("Python 3.10 or later is needed" if sys.version_info < (3, 10) else 0)'
 	python3 -m venv .venv
 	python -m pip install -q --disable-pip-version-check -r requirements.txt $(if $(LOCKED),-c constraints.txt)
 	touch $(sort .venv/done $@)
@@ -26,8 +29,10 @@ $(STAMP): requirements.txt $(if $(LOCKED),constraints.txt)
 train: setup    ## train all contestants on digits (a few minutes on two cores)
 	bash train_job.sh
 
+# The longest first, so that no core is idle at the end.
+LONG := tests/slurm $(patsubst %,tests/test_%.py,train_job field browser house figures)
 test: setup lint    ## all tests, the notebooks among them
-	python -m pytest -q -rs -n 4 --dist loadscope --no-loadscope-reorder tests/slurm tests/test_*.py notebooks/0[1-5]_*.ipynb --nbval-lax --nbval-current-env
+	python -m pytest -q -rs -n 4 --dist loadscope --no-loadscope-reorder $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py))) notebooks/0[1-5]_*.ipynb --nbval-lax --nbval-current-env
 
 lint: setup     ## what a reader would trip over, in .py files and notebooks
 	python -m ruff check .
@@ -59,13 +64,13 @@ bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (h
 
 sweep: export SWEEP = $(MAKEOVERRIDES)
 sweep: setup    ## try settings, judged on validation data: make sweep RUN=eight learning_rate=0.03,0.1 drop_path=0,0.1 [epochs=2] [at_once=2]
-	@$(PYTHON) "import os; $(LOAD) load('06_run').run_sweep(os.environ['SWEEP'])"
+	@$(PYTHON) "$(LOAD) load('06_run').run_sweep(os.environ['SWEEP'])"
 
 results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
-	@$(PYTHON) "$(LOAD) load('11_results').run_results('$(or $(DATASET),cifar10)', '$(ONLY)', int('$(EPOCHS)' or 0), '$(KIND)', '$(or $(FOLDER),results)')"
+	@$(PYTHON) "$(LOAD) load('11_results').run_results($(call given,DATASET,cifar10), '$(ONLY)', int('$(EPOCHS)' or 0), '$(KIND)', $(call given,FOLDER,results))"
 
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
-	@$(PYTHON) "$(LOAD) load('11_results').retest('$(or $(RUNS),published/**)'.split())"
+	@$(PYTHON) "$(LOAD) load('11_results').retest($(call given,RUNS,published/**).split())"
 
 predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folder or files" [OUTPUT=found.csv]
 	@$(if $(and $(RUN),$(IMAGES)),,echo 'say which: make predict RUN=pets IMAGES="folder or files"  (make runs lists the runs)' >&2; exit 2)
@@ -73,7 +78,6 @@ predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folde
 
 export: setup   ## a folder for the Hugging Face hub: make export RUN=pets [OUTPUT=folder] [REPLACE=1]
 	@$(if $(RUN),,echo 'say which: make export RUN=pets  (make runs lists the runs)' >&2; exit 2)
-	@python -m pip install -q --disable-pip-version-check onnx onnxscript onnxruntime safetensors
 	@python scripts/export.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(REPLACE),--replace) "$(RUN)"
 
 notebooks: setup   ## run every notebook from top to bottom and store its outputs in it: make notebooks [ONLY=04_training]
@@ -85,7 +89,7 @@ notebooks: setup   ## run every notebook from top to bottom and store its output
 
 data: setup     ## fetch a data set for machines without a network: make data DATASET=cifar10
 	@test -n "$(DATASET)" || { echo 'say which: make data DATASET=cifar10'; exit 2; }
-	@$(PYTHON) "$(LOAD) print(len(load('02_data').load_data('$(DATASET)').train), 'training images in', vit_helpers.DATA)"
+	@$(PYTHON) "$(LOAD) print(len(load('02_data').load_data($(call given,DATASET)).train), 'training images in', vit_helpers.DATA)"
 
 lab: setup      ## open the suite in JupyterLab, on this machine only
 	python -m jupyterlab --ServerApp.ip=localhost --LabApp.default_url=/lab/tree/notebooks/01_models.ipynb $(LAB_OPTIONS)

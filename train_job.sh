@@ -113,7 +113,7 @@ fi
 # The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never
 # see a signal.
 for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do                # of scripts that were killed
-    kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"
+    [ ! -O "$old" ] || kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"
 done
 export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME@$$}
 rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
@@ -133,7 +133,8 @@ asked() {
 trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
 
 # Rank 0 lives on the job's first node.
-export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
+# (Ports from 32768 on may be taken by connections to elsewhere.)
+export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 12000))
 if [ "$NODES" -gt 1 ]; then
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     if ! getent hosts "$HEAD" >/dev/null 2>&1; then
@@ -152,8 +153,10 @@ rank() {
             -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
             --stdout-file "$output" --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
         code=$?
+        [ -e "$VIT_JOB/stop" ] || touch "$VIT_JOB/failed"   # then others are stopped because of it
         sleep 1
         grep -q "Kernel died before replying to kernel_info" "$errors" || return "$code"
+        rm -f "$VIT_JOB/failed"
         echo "train_job: the kernel did not start; once more"
     done
     return "$code"
@@ -215,7 +218,7 @@ if [ "$code" = 0 ]; then
     python -c 'import sys, vit_helpers; vit_helpers.print_runs(sys.argv[1:])' "${finished[@]}"
     echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`),"
     echo "the models with the lowest validation loss in $VIT_HOME/saved_models."
-elif [ ! -e "$VIT_JOB/stop" ]; then
+elif [ ! -e "$VIT_JOB/stop" ] || [ -e "$VIT_JOB/failed" ]; then
     say "failed with code $code; the error is above${run:+, the executed notebook in runs/$run}"
 elif [ "$state" = RUNNING ] && [ -e "$VIT_JOB/saved" ]; then    # not cancelled, and with progress
     say "saved: back into the queue"

@@ -77,8 +77,9 @@ def load_notebook(name):
 
     The module enters `sys.modules` before its code runs (dataclasses and pickle look it up there)
     and each cell's source enters `linecache`, so that a traceback shows the line and names the
-    cell.  It is loaded again only if an exported cell has changed.  Its own name begins with a
-    letter: TorchScript writes it into a traced model, and could not read it otherwise.
+    cell.  It is loaded again only if one of its own exported cells has changed; after a change in
+    a notebook that it loads, restart the kernel.  The module's name begins with a letter:
+    TorchScript writes it into a traced model, and could not read it otherwise.
     """
     digest = code_hash(name)
     earlier = sys.modules.get(name)
@@ -817,7 +818,8 @@ def run_folders(names):
     not hidden, sorted.  A folder of folders, such as published/, is none."""
     found = {}
     for base in (RUNS, ROOT / "runs"):
-        for folder in (path for name in names for path in base.glob(str(name).rstrip("/"))):
+        patterns = [bare_name(name).lstrip("/") or "*" for name in names]
+        for folder in (path for pattern in patterns for path in base.glob(pattern)):
             parts = folder.relative_to(base).parts
             if folder.is_dir() and parts and not any(part.startswith(".") for part in parts):
                 found[folder.resolve()] = folder
@@ -895,6 +897,11 @@ def build_model(config):
     """A freshly initialised model from `config["class"]` and `config["model_settings"]`; seeded by
     `config["seed"]`."""
     torch.manual_seed(config["seed"])
+    return new_model(config)
+
+
+def new_model(config):
+    """A model from `config["class"]` and `config["model_settings"]`, at random."""
     return getattr(load_notebook("01_models"), config["class"])(**config["model_settings"])
 
 
@@ -903,7 +910,8 @@ def load_model(run, device="cpu"):
     in eval mode; its settings are `model.config`."""
     path = find_checkpoint(run)
     content = load_checkpoint(path)
-    model = build_model(content["config"])
+    with torch.random.fork_rng(devices=[]):         # the caller's random numbers stay as they are
+        model = new_model(content["config"])
     fill(model, {name: value.float() for name, value in content["model"].items()}, path)
     model.config = content["config"]
     return model.to(device).eval()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["VIT_HOME"] = tempfile.mkdtemp(prefix="vit-tests-")      # read by vit_helpers, here and
                                                                     # in kernels
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # two tests at a time: a core each
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # several tests at a time
+os.environ.setdefault("TORCH_WARM_POOL", "0")       # no processes for Triton: CPUs do not use it
 for name in ("VIT_JOB", "VIT_CWD", "VIT_SETUP", "NPROC"):
     os.environ.pop(name, None)
 

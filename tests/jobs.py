@@ -1,12 +1,20 @@
-"""What tests of the job script share: a small run, the script, a run's numbers without timings."""
+"""What tests of runs share: a small run, the script, notebook 6 in this process, a run's numbers
+without timings."""
+import contextlib
+import io
 import os
 import subprocess
+
+import matplotlib.pyplot as plt
 
 import vit_helpers
 
 SCRIPT = vit_helpers.ROOT / "train_job.sh"
 SMALL = ["-p", "model", "towervit-matched", "-p", "dims", "16,32", "-p", "head_dim", "8",
          "-p", "epochs", "12", "-p", "recipe", "adamw", "-p", "pool", "mean"]
+BOOK = vit_helpers.notebook_cells(vit_helpers.NOTEBOOKS / "06_run.ipynb")
+CELLS = ["".join(cell["source"]) for cell in BOOK if cell["cell_type"] == "code"]
+TINY = {"dims": "16,32", "head_dim": 8, "epochs": 3, "workers": 0}
 TIMINGS = {"seconds", "time", "images_per_second"}
 
 
@@ -14,6 +22,28 @@ def train_job(*arguments, **environment):
     """The finished process, its output as text."""
     return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True,
                           env={**os.environ, **environment}, timeout=300)
+
+
+def parameters_cell(**changes):
+    """The first cell of notebook 6, with the values of a small run and these at its end."""
+    given = {**TINY, **changes}
+    return "\n".join([CELLS[0], *(f"{name} = {value!r}" for name, value in given.items())])
+
+
+def run_notebook(until=None, **changes):
+    """Run notebook 6, cell by cell, as JupyterLab does, but in this process: all of it, or what
+    comes before the cell `until`.  Returns what it printed."""
+    cells = CELLS[1:CELLS.index(until)] if until else CELLS[1:]
+    namespace, shown = {}, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            for number, cell in enumerate([parameters_cell(**changes), *cells], 1):
+                exec(compile(cell, f"06_run.ipynb, cell {number}", "exec"), namespace)
+    finally:
+        plt.close("all")
+        for saved in list(namespace.get("LOCKS", ())):      # as when its kernel ends
+            namespace["let_go"](saved)
+    return shown.getvalue()
 
 
 def untimed(run):

@@ -2,8 +2,6 @@
 
 What lies in a folder is in test_data.py.
 """
-import contextlib
-import io
 import json
 import math
 import os
@@ -26,35 +24,11 @@ from tensorboard.backend.event_processing import event_accumulator, plugin_event
 from torch.utils.tensorboard import SummaryWriter
 
 import vit_helpers
-from jobs import SCRIPT, small_config
+from jobs import CELLS, SCRIPT, TINY, parameters_cell, run_notebook, small_config
 
 PUBLISHED = "published/digits-seed0-vit"
-SMALL = {"dims": "16,32", "head_dim": 8, "epochs": 3, "workers": 0}
-BOOK = vit_helpers.notebook_cells(vit_helpers.NOTEBOOKS / "06_run.ipynb")
-CELLS = ["".join(cell["source"]) for cell in BOOK if cell["cell_type"] == "code"]
 LOOP = next(cell for cell in CELLS if "train_and_validation_loop(" in cell)
 NUMBERS = np.random.default_rng(0)
-
-
-def parameters_cell(**changes):
-    """The first cell of notebook 6, with these values at its end."""
-    given = {**SMALL, **changes}
-    return "\n".join([CELLS[0], *(f"{name} = {value!r}" for name, value in given.items())])
-
-
-def run_notebook(**changes):
-    """Run notebook 6, cell by cell, as JupyterLab does, but in this process.  Returns what it
-    printed."""
-    namespace, shown = {}, io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            for number, cell in enumerate([parameters_cell(**changes), *CELLS[1:]], 1):
-                exec(compile(cell, f"06_run.ipynb, cell {number}", "exec"), namespace)
-    finally:
-        plt.close("all")
-        for saved in list(namespace.get("LOCKS", ())):      # as when its kernel ends
-            namespace["let_go"](saved)
-    return shown.getvalue()
 
 
 def interrupted_after(training, monkeypatch, epochs, **changes):
@@ -121,9 +95,9 @@ def test_a_folder_that_is_spelled_otherwise_or_moved_is_the_same_data_set(
     shown = run_notebook(dataset=f"{pets}/", **small)
     assert "pets goes on" in shown and "epoch   1/3" not in shown and "epoch   3/3" in shown
     for spelled in ("~/my p\u00e8ts", "link", "link/../my p\u00e8ts//", str(pets)):
-        assert "pets is done" in run_notebook(dataset=spelled, **small)
+        assert "pets is done" in run_notebook(dataset=spelled, until=LOOP, **small)
     pets.rename(moved)
-    assert "pets is done" in run_notebook(dataset="./moved", **small)
+    assert "pets is done" in run_notebook(dataset="./moved", until=LOOP, **small)
     make_folder(moved, horse=9)
     with pytest.raises(ValueError, match="classes was .'cat', 'dog'. and is now"):
         run_notebook(dataset="./moved", **small)
@@ -182,7 +156,7 @@ def test_one_run_where_everything_is_odd(copied, tmp_path):
     (tmp_path / "train").symlink_to("suite/train_job.sh")
     for name in ("random.py", "torch.py"):
         (tmp_path / name).write_text("raise SystemExit('imported')")
-    given = {**SMALL, "model": "vit", "epochs": 1, "run": "runs/odd/"}
+    given = {**TINY, "model": "vit", "epochs": 1, "run": "runs/odd/"}
     options = [word for name, value in given.items() for word in ("-p", name, str(value))]
     shown = script(*options, shell="sh", cwd=tmp_path, path="train", HOME=None, NPROC="2",
                    VIT_HOME="h\u00f6 me/x", CDPATH=f".:{copied}",
@@ -492,7 +466,7 @@ def test_interrupted_run_again_and_changed_in_one_kernel():
         assert other[1:] == ("", "") and "epoch   1/3" in other[0]
         running.lock_run(lock)                          # the kernel has let it go
         running.let_go(lock)
-        again = kernel.run(parameters_cell(run="second", seed=1), *CELLS[1:])
+        again = kernel.run(parameters_cell(run="second", seed=1), *before_loop)
         assert again[1:] == ("", "") and "second is done" in again[0]
         back = kernel.run(parameters_cell(run="first"), *CELLS[1:])
         assert back[1:] == ("", "") and "first goes on" in back[0]

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 import vit_helpers
-from jobs import train_job
+from jobs import run_notebook
 
 PUBLISHED = "published/digits-seed0-vit"
 TEN = [str(digit) for digit in range(10)]
@@ -135,11 +135,8 @@ def test_the_mlp_ratio_gives_the_very_width(finetuning, dim, hidden):
 def test_a_run_from_a_file(tmp_path):
     small = torchvision.models.VisionTransformer(16, 4, 2, 2, 32, 64)
     torch.save(small.state_dict(), tmp_path / "small.pth")
-    given = ["-p", "model", "towervit", "-r", "initial_weights", str(tmp_path / "small.pth"),
-             "-p", "head_dim", "16", "-p", "image_size", "8", "-p", "batch_size", "64",
-             "-p", "epochs", "2", "-r", "run", "tuned"]
-    shown = train_job(*given)
-    assert shown.returncode == 0, shown.stdout + shown.stderr
+    run_notebook(model="towervit", initial_weights=str(tmp_path / "small.pth"), dims=None,
+                 head_dim=16, image_size=8, batch_size=64, epochs=2, run="tuned")
     config = vit_helpers.read_run(vit_helpers.RUNS / "tuned")["config"]
     assert config["recipe"] == "finetune"
     assert config["in_channels"] == 3
@@ -358,9 +355,8 @@ def test_a_model_with_other_parts_is_refused(finetuning, published, changes):
 
 def test_a_run_that_goes_on_begins_where_the_other_ended():
     """With a learning rate of 0 its validation loss is that of the published run."""
-    shown = train_job("-p", "model", "vit", "-r", "initial_weights", PUBLISHED, "-p", "epochs", "1",
-                      "-p", "learning_rate", "0", "-r", "run", "from-published")
-    assert shown.returncode == 0, shown.stdout + shown.stderr
+    run_notebook(initial_weights=PUBLISHED, dims=None, head_dim=None, epochs=1, learning_rate=0.0,
+                 run="from-published")
     run = vit_helpers.read_run(vit_helpers.RUNS / "from-published")
     before = vit_helpers.read_run(vit_helpers.ROOT / "runs" / PUBLISHED)["results"]
     assert run["config"]["recipe"] == "sgd"

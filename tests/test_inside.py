@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vit_helpers
+from jobs import run_notebook
 
 SCREEN = 95         # letters that fit into a line of text output in JupyterLab at 1440 pixels
 
@@ -395,9 +396,8 @@ def merging_run(tmp_path_factory):
         for i in range(20):
             pixels = np.clip(numbers.normal(color, 40, (20, 26, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    execute(vit_helpers.NOTEBOOKS / "06_run.ipynb", dataset=str(folder), model="towervit",
-            pool="mean", merge_at="2", image_size=16, patch_size=4, dims="16,24", head_dim=8,
-            epochs=2, batch_size=16, run="merging")
+    run_notebook(dataset=str(folder), model="towervit", pool="mean", merge_at="2", image_size=16,
+                 patch_size=4, dims="16,24", epochs=2, batch_size=16, run="merging")
     return "merging"
 
 

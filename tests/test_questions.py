@@ -4,8 +4,6 @@ import copy
 import inspect
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -283,22 +281,14 @@ def test_an_unknown_kind_is_refused(questions, models):
 
 # ---------------------------------------------------------------- training it
 
-TRAIN = """
-import vit_helpers
-questions, job = (vit_helpers.load_notebook(name) for name in ("09_questions", "06_run"))
-job.train_plan({plan!r}, lines={path!r}, change=questions.fix_pos_embed, own=questions.OWN)
-"""
-
-
 def test_a_study_goes_on_after_a_line_that_was_cut_off(questions, job, tmp_path):
     path = tmp_path / "study.jsonl"
     plan = [{**MERGED, "pos_embed": "none", "seed": 1, "test": False}, {**TINY, "seed": 2}]
 
-    def train():                    # in a process of its own: what forks must not have trained
-        code = TRAIN.format(plan=plan, path=str(path))
-        command = [sys.executable, "-c", code]
-        shown = subprocess.run(command, cwd=vit_helpers.ROOT, capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
+    def train():                    # what each process of a plan does, see test_sweep.py
+        for run in plan:
+            assert job.train_unless_taken(run, path, change=questions.fix_pos_embed,
+                                          own=questions.OWN) is None
         return job.read_lines(path)
 
     whole = train()
