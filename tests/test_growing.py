@@ -255,3 +255,21 @@ def test_the_figure_shows_every_seed(growing, study):
     assert {line.get_label() for line in figure.axes[0].lines} >= set(SHAPES)
     names = [text.get_text() for text in figure.axes[2].get_yticklabels()]
     assert names == ["interaction of growing", *growing.SECONDARY]
+
+
+def test_the_prose_says_what_the_published_cross_does(growing, job):
+    """README and the notebook's end: behind everywhere, by less where tokens are merged, and the
+    control is no exception."""
+    done = job.read_lines(vit_helpers.ROOT / "runs" / "published" / "growing.jsonl")
+    accuracies = {name: growing.accuracies_of(runs)
+                  for name, runs in growing.complete_sets(done).items()}
+    found = growing.secondary_tests(accuracies)
+    for name in ("growing − constant, all", "growing − constant, merged",
+                 "shrinking − constant, all", "shrinking − constant, merged"):
+        assert found[name]["high"] < 0 and found[name]["adjusted"] < 0.05
+    cross = accuracies["equal operations"]
+    primary = growing.estimate(cross, growing.PRIMARY)
+    assert primary["low"] > 0 and primary["points"] <= found["interaction of shrinking"]["points"]
+    assert stats.ttest_1samp(growing.by_seed(cross, growing.PRIMARY), 0).pvalue > 0.05
+    assert "not growth alone" in growing.control_sentence(accuracies)
+    assert abs((cross["constant", "merged"] - cross["constant", "all"]).mean()) < 0.5
