@@ -143,7 +143,7 @@ def test_an_array_trains_a_seed_a_task_and_the_first_equals_bash(tmp_path, whole
     assert len({run["results"]["val_loss"] for run in runs}) == 2
     assert untimed("slurm/array-seed0") == untimed("whole")
     assert (vit_helpers.RUNS / "slurm" / "array-seed0" / "06_run.ipynb").exists()
-    assert not list(vit_helpers.RUNS.glob(".job-*"))
+    assert not list(vit_helpers.RUNS.glob(f".job-{number}_*"))
 
 
 def command_of(process):
