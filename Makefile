@@ -10,10 +10,6 @@ LOAD := import os, vit_helpers; vit_helpers.show_errors_in_a_line(); load = vit_
 # A variable that was given, as Python: make exports it, so no quote in it can end the text.
 given = (os.environ.get('$(1)') or '$(2)')
 OUT ?= comparison
-SUMMARY ?= runs/published/study.jsonl
-COLOUR ?= runs/published/colour.jsonl
-GROWING ?= runs/published/growing.jsonl
-BENCH ?= runs/bench.json
 
 help:           ## this list
 	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,24 +46,24 @@ runs: setup     ## list the runs that are here
 	@$(PYTHON) "$(LOAD) vit_helpers.print_runs()"
 
 published: setup   ## train the published runs where they are missing (a night on two cores): make published [ONLY="contestants"]
-	@$(PYTHON) "$(LOAD) load('11_results').train_published('$(ONLY)')"
+	@$(PYTHON) "$(LOAD) load('11_results').train_published($(call given,ONLY))"
 
 study: setup    ## train what notebook 9 asks for, many small models, where it is missing (an hour on two cores; in colour, several)
-	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study('$(SUMMARY)'); q.run_colour('$(COLOUR)')"
+	@$(PYTHON) "$(LOAD) q = load('09_questions'); q.run_study($(call given,SUMMARY,runs/published/study.jsonl)); q.run_colour($(call given,COLOUR,runs/published/colour.jsonl))"
 
 growing: setup  ## train notebook 12's cross of growing and merging where runs are missing (hours on two cores)
-	@$(PYTHON) "$(LOAD) load('12_growing').run_growing('$(GROWING)')"
+	@$(PYTHON) "$(LOAD) load('12_growing').run_growing($(call given,GROWING,runs/published/growing.jsonl))"
 
 bench: setup    ## measure images/s against timm, torchvision and vit-pytorch (half an hour): make bench [IMAGES=folder]
 	python -m pip install -q --disable-pip-version-check timm vit-pytorch
-	@$(PYTHON) "$(LOAD) load('10_throughput').run_bench('$(BENCH)', images='$(IMAGES)')"
+	@$(PYTHON) "$(LOAD) load('10_throughput').run_bench($(call given,BENCH,runs/bench.json), images=$(call given,IMAGES))"
 
 sweep: export SWEEP = $(MAKEOVERRIDES)
 sweep: setup    ## try settings, judged on validation data: make sweep RUN=eight learning_rate=0.03,0.1 drop_path=0,0.1 [epochs=2] [at_once=2]
 	@$(PYTHON) "$(LOAD) load('06_run').run_sweep(os.environ['SWEEP'])"
 
 results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
-	@$(PYTHON) "$(LOAD) load('11_results').run_results($(call given,DATASET,cifar10), '$(ONLY)', int('$(EPOCHS)' or 0), '$(KIND)', $(call given,FOLDER,results))"
+	@$(PYTHON) "$(LOAD) load('11_results').run_results($(call given,DATASET,cifar10), $(call given,ONLY), int($(call given,EPOCHS,0)), $(call given,KIND), $(call given,FOLDER,results))"
 
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
 	@$(PYTHON) "$(LOAD) load('11_results').retest($(call given,RUNS,published/**).split())"
