@@ -134,7 +134,9 @@ trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
 
 # Rank 0 lives on the job's first node.
 # (Ports from 32768 on may be taken by connections to elsewhere.)
-export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 12000))
+id=$$                                                   # several may share an allocation
+[ -n "$job" ] && id=$SLURM_JOB_ID                       # all nodes must know it
+export HEAD=127.0.0.1 PORT=$((20000 + id % 12000))
 if [ "$NODES" -gt 1 ]; then
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
     if ! getent hosts "$HEAD" >/dev/null 2>&1; then
@@ -150,7 +152,8 @@ rank() {
     [ "${RANK:-0}" = 0 ] || output=/dev/null                # each would print the same
     for _ in 1 2 3; do
         python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
-            -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
+            -k python3 --start-timeout 600 --cwd "$ROOT/notebooks" --no-progress-bar \
+            --log-level ERROR \
             --stdout-file "$output" --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
         code=$?
         [ -e "$VIT_JOB/stop" ] || touch "$VIT_JOB/failed"   # then others are stopped because of it
@@ -170,9 +173,7 @@ node() {
             rank "$@"
             exit
         fi
-        cores=$(python -c "import os
-print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
-        [ "${SLURM_CPUS_PER_TASK:-$cores}" -lt "$cores" ] && cores=$SLURM_CPUS_PER_TASK
+        cores=$(python -c "import vit_helpers; print(vit_helpers.available_cores())")
         if [ "$cores" -lt "$NPROC" ]; then
             echo "train_job: $NPROC processes share $cores cores; ask for more" \
                 "(sbatch --cpus-per-task=…)"

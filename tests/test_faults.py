@@ -211,9 +211,9 @@ def offline(place):
 # ---- devices
 
 @fault("a GPU where there is none", ValueError,
-       "device is 'cuda:7', which this machine cannot use .*leave it open")
+       "device is 'cuda:99', which this machine cannot use .*leave it open")
 def no_such_gpu(place):
-    vit_helpers.pick_device("cuda:7")
+    vit_helpers.pick_device("cuda:99")
 
 
 @fault("a device that there is not", ValueError, "device is 'gpu', which this machine cannot use")

@@ -723,3 +723,18 @@ def test_a_finished_run_is_trained_longer_under_another_name(finished):
     assert longer["config"]["recipe"] == before["config"]["recipe"]
     assert longer["config"]["initial_weights"] == "finished"
     assert longer["history"]["loss/val"][0] < before["history"]["loss/val"][0]
+
+
+def test_a_run_goes_on_after_the_weights_that_it_began_with_are_gone(finished, tmp_path):
+    weights = tmp_path / "weights.pt"
+    shutil.copy(vit_helpers.SAVED_MODELS / finished / "best.pt", weights)
+    given = dict(run="orphan", initial_weights=str(weights), dims=None, head_dim=None)
+    run_notebook(**given)
+    before = vit_helpers.read_history("orphan")
+    weights.unlink()
+    (vit_helpers.RUNS / "orphan" / "results.json").unlink()     # as if killed before its end
+    run_notebook(**given)
+    assert (vit_helpers.RUNS / "orphan" / "results.json").exists()
+    assert vit_helpers.read_history("orphan")["loss/val"] == before["loss/val"]
+    with pytest.raises(FileNotFoundError, match="weights.pt"):
+        run_notebook(**{**given, "run": "another"})

@@ -180,15 +180,15 @@ def test_p_values_are_adjusted_for_the_number_of_comparisons(comparison, publish
     p = {label: stats.ttest_ind(first, accuracies[label], equal_var=False).pvalue
          for label in ("second", "third")}
     assert f"p = {2 * p['second']:.2g} adjusted for 2 tests" in second and 2 * p["second"] < 0.05
-    assert "second is 3.00 points ahead of first: more than the spread" in second
+    assert "second is 3.00 points ahead of first: more than the noise" in second
     assert f"p = {p['third']:.2g} adjusted for 2 tests" in third
-    assert "too few to test; the standard error from 359 test images is 0.00" in alone  # one model
+    assert "359 test images alone give a standard error of 0.00" in alone           # one model
     equal = [{**published["vit"], "results": {"test_accuracy": 0.9}} for _ in range(2)]
     ahead = [{**published["towervit"], "results": {"test_accuracy": 0.91}} for _ in range(2)]
     [sentence] = comparison.compare_with_first({"first": equal, "second": ahead})
     right = [comparison.right(published[name]) for name in ("vit", "towervit")]
     error = 100 * (right[1] - right[0]).std() / len(right[0]) ** 0.5        # image by image
-    assert f"test images is {error:.2f}" in sentence
+    assert f"a standard error of {error:.2f}, to which" in sentence
     assert "without any spread to test by" in sentence
 
 

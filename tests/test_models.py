@@ -91,6 +91,20 @@ def test_equals_torchvision_on_every_fast_path(models, precision, compiled):
         assert 0 < typical < bound
 
 
+def test_mixed_precision_rounds_nothing_on_the_skip_path(models):
+    """Of a block that widens, as of one that does not: with branches that add nothing, tokens and
+    gradients are those of fp32."""
+    block = models.Block(32, 48, head_dim=16, mlp_ratio=2)
+    for last in (block.attention.out, block.mlp[3]):
+        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    x, wanted = torch.randn(4, 17, 32, requires_grad=True), torch.randn(4, 17, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = block(x)
+    torch.testing.assert_close(tokens, x @ block.project.weight.T)
+    [gradient] = torch.autograd.grad(tokens, x, wanted)
+    torch.testing.assert_close(gradient, wanted @ block.project.weight)
+
+
 def test_parameters_of_vit_b_16(models):
     with torch.device("meta"):
         model = models.TowerViT(224, 16, 3, 1000, dim=768, depth=12, head_dim=64, mlp_ratio=4)

@@ -298,6 +298,27 @@ def bench():
     return json.loads((PUBLISHED / "throughput.json").read_text())
 
 
+def test_each_case_is_compiled_by_itself(throughput):
+    """Two models of one class and shape: nothing of the one is taken for the other."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for make in (throughput.our_vit, throughput.our_whole_vit):
+        throughput.compiled_alone(make(8, 4, 64, 2), backend=keep)(torch.zeros(2, 3, 8, 8))
+    assert len(graphs) == 2
+
+
+def test_a_bench_does_not_go_on_with_that_of_another_machine(throughput, bench, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**bench, "machine": {**bench["machine"], "threads": 99}}))
+    with pytest.raises(ValueError, match="begun with another .*threads.*; name another file"):
+        throughput.begun_bench(path, torch.device("cpu"))
+
+
 def test_a_bench_that_was_stopped_says_what_it_lacks(throughput, bench):
     stopped = {name: bench[name] for name in ("machine", "matmul", "training")}
     said = throughput.lacking(stopped, *throughput.SECTIONS)

@@ -19,4 +19,5 @@ for _ in $(seq 300); do
     sleep 0.2
 done
 echo "SLURM did not come up; see $dir/log" >&2
+"$here/down.sh" "$dir"
 exit 1
