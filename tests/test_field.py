@@ -725,10 +725,12 @@ def test_a_finished_run_is_trained_longer_under_another_name(finished):
     assert longer["history"]["loss/val"][0] < before["history"]["loss/val"][0]
 
 
-def test_a_run_goes_on_after_the_weights_that_it_began_with_are_gone(finished, tmp_path):
+def test_a_run_goes_on_after_the_weights_that_it_began_with_are_gone(
+        finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_CWD", str(tmp_path))
     weights = tmp_path / "weights.pt"
     shutil.copy(vit_helpers.SAVED_MODELS / finished / "best.pt", weights)
-    given = dict(run="orphan", initial_weights=str(weights), dims=None, head_dim=None)
+    given = dict(run="orphan", initial_weights="weights.pt", dims=None, head_dim=None)
     run_notebook(**given)
     before = vit_helpers.read_history("orphan")
     weights.unlink()
