@@ -68,7 +68,7 @@ def test_a_plan_is_trained_once(results, greys):
     assert vit_helpers.read_json(stored)["epochs"] == 1
 
 
-def test_the_minutes_of_what_is_left_come_first(results, greys, capfd):
+def test_a_plan_that_is_done_has_nothing_left(results, greys, capfd):
     results.run_results(greys, **SMALL_PLAN)
     assert capfd.readouterr().out.startswith("greys-cpu: 0 of 1 runs to train, about 0 minutes")
 
@@ -172,7 +172,7 @@ def test_towers_at_equal_operations_cost_what_the_vit_costs(results):
     ratios = {entry["model"]: results.operations(entry) / wanted for entry in towers[::3]}
     print(ratios)
     assert len(towers) == 9 and set(ratios) == set(results.models.MODELS) - {"vit"}
-    assert all(abs(ratio - 1) < 0.02 for ratio in ratios.values())
+    assert all(abs(ratio - 1) < 0.03 for ratio in ratios.values())
     ways = {(entry["precision"], entry["threads"]) for entry in [*equal, *towers]}
     assert len(ways) == 1                           # what stands in one table is trained alike
 
@@ -254,7 +254,7 @@ def test_each_corruption_does_what_its_severity_says(results):
     assert left.item() == pytest.approx(0.4, abs=0.02)
 
 
-def test_the_calibration_error_of_stored_predictions_by_hand(results):
+def test_the_calibration_error_by_hand(results):
     """Two bins of 15: confidence .55, half of 4 right; confidence .95, all of 4 right."""
     confidence = torch.tensor([0.55] * 4 + [0.95] * 4)
     logits = torch.stack([confidence, 1 - confidence], dim=1).log()

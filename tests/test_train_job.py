@@ -124,7 +124,7 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_result(whole, number):
         process = subprocess.Popen(["bash", SCRIPT, *SMALL, "-r", "run", run], text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            seconds = numbers.uniform(4, 14) if kills < 2 else 300
+            seconds = numbers.uniform(3, 9) if kills < 2 else 300
             shown = process.communicate(timeout=seconds)[0]
             break
         tree = descendants(process.pid)
@@ -135,6 +135,7 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_result(whole, number):
         kills += 1
         assert not [one for one in tree if is_alive(one)]
     assert process.returncode == 0, shown
+    assert kills, "it ended before its first kill"
     assert untimed(run) == untimed("whole")
     logs = {path.name for path in (vit_helpers.RUNS / run).glob("events.out.tfevents.*")}
     left = {path.name for base in (vit_helpers.RUNS, vit_helpers.SAVED_MODELS)
