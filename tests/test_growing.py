@@ -281,8 +281,8 @@ def test_the_cost_of_rounding_is_told_by_pairs(growing, job, study):
 
 
 def test_the_prose_says_what_rounding_had_cost(growing, job):
-    """README and the notebook's end: an interaction that was none; with all tokens half a point, and
-    the validation loss of all ten pairs; with merged tokens nothing."""
+    """README and the notebook's end: an interaction that was none; with all tokens half a point,
+    and the validation loss of all ten pairs; with merged tokens nothing."""
     done = job.read_lines(vit_helpers.ROOT / "runs" / "published" / "growing.jsonl")
     runs = growing.complete_sets(done)["equal operations"]
     pairs = growing.rounding_pairs(runs, job.read_lines(growing.ROUNDED))
