@@ -145,20 +145,20 @@ if [ "$NODES" -gt 1 ]; then
 fi
 
 # One rank: one papermill, one kernel.  Kernels that start at the same moment may pick the same
-# port; the one that dies of it before it has run anything is started again.
+# port; the one that dies of it, or never answers, before it has run anything is started again.
 quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption"; }
 rank() {
     local code output=- errors="$VIT_JOB/errors${RANK:-0}"
     [ "${RANK:-0}" = 0 ] || output=/dev/null                # each would print the same
     for _ in 1 2 3; do
         python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
-            -k python3 --start-timeout 600 --cwd "$ROOT/notebooks" --no-progress-bar \
-            --log-level ERROR \
+            -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
             --stdout-file "$output" --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
         code=$?
         [ -e "$VIT_JOB/stop" ] || touch "$VIT_JOB/failed"   # then others are stopped because of it
         sleep 1
-        grep -q "Kernel died before replying to kernel_info" "$errors" || return "$code"
+        grep -qE "Kernel died before replying to kernel_info|Kernel didn't respond in" "$errors" ||
+            return "$code"
         rm -f "$VIT_JOB/failed"
         echo "train_job: the kernel did not start; once more"
     done
