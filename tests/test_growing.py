@@ -185,6 +185,12 @@ def test_no_interaction_is_said_only_within_the_margin(growing, low, high, words
     assert growing.verdict({"low": low, "high": high}).startswith(words)
 
 
+def test_where_it_is_behind_on_both_sides_growing_gains_nothing(growing, study):
+    cross = cross_of(growing, study({("growing", "all"): 66, ("growing", "merged"): 69}))
+    first = growing.primary_sentences(cross)[0]
+    assert first.startswith("**Growing loses less where tokens are merged**")
+
+
 @pytest.mark.parametrize("swap", [("growing", "constant"), ("all", "merged")])
 def test_swapped_labels_swap_the_verdict(growing, study, swap):
     """The rows of the study with two names exchanged, through all that the README says."""
