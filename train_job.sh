@@ -147,13 +147,27 @@ fi
 # One rank: one papermill, one kernel.  Kernels that start at the same moment may pick the same
 # port; the one that dies of it, or never answers, before it has run anything is started again.
 quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption"; }
+end_if_port_is_taken() {    # such a kernel may neither die nor answer
+    for _ in {1..300}; do
+        sleep 1
+        kill -0 "$1" 2>/dev/null || return
+        grep -q "ZMQError: Address already in use" "$2" || continue
+        pkill -KILL -P "$1"
+        return
+    done
+}
 rank() {
-    local code output=- errors="$VIT_JOB/errors${RANK:-0}"
+    local code papermill output=- errors="$VIT_JOB/errors${RANK:-0}"
     [ "${RANK:-0}" = 0 ] || output=/dev/null                # each would print the same
     for _ in 1 2 3; do
+        rm -f "$errors"
         python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
-            -k python3 --cwd "$ROOT/notebooks" --no-progress-bar --log-level ERROR \
-            --stdout-file "$output" --stderr-file - "$@" 2> >(tee "$errors" | quiet >&2) && return 0
+            -k python3 --start-timeout 300 --cwd "$ROOT/notebooks" --no-progress-bar \
+            --log-level ERROR --stdout-file "$output" --stderr-file - "$@" \
+            2> >(tee "$errors" | quiet >&2) &
+        papermill=$!
+        end_if_port_is_taken $papermill "$errors" >/dev/null 2>&1 &
+        wait_for $papermill && return 0
         code=$?
         [ -e "$VIT_JOB/stop" ] || touch "$VIT_JOB/failed"   # then others are stopped because of it
         sleep 1
@@ -183,6 +197,7 @@ node() {
         exec python -m torch.distributed.run --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" \
             --nproc-per-node="$NPROC" --master-addr="$HEAD" --master-port="$PORT" \
             --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
+            --log-dir="$VIT_JOB/torchrun" \
             bash -c 'rank "$@"' rank "$@" ) &
     wait_for $!
 }
@@ -190,7 +205,7 @@ wait_for() {                # a trap ends a `wait`: wait again until the process
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1" 2>/dev/null
 }
-export -f rank node wait_for quiet
+export -f rank node wait_for quiet end_if_port_is_taken
 
 code=0 finished=()
 for model in $models; do

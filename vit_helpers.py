@@ -311,6 +311,11 @@ def did_you_mean(name, known):
     return f", did you mean {near[0]!r}?" if near else "."
 
 
+def counted(number, what):
+    """1, "thread" -> "1 thread"; 2 -> "2 threads"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def typed_path(path):
     """An absolute path, as it was meant where the command was typed: train_job.sh leaves that
     place in VIT_CWD.  Links are not followed."""
@@ -815,15 +820,17 @@ def read_run(folder):
 
 def run_folders(names):
     """The folders below runs/, here and in the repository, that fit one of the patterns and are
-    not hidden, sorted.  A folder of folders, such as published/, is none."""
+    not hidden, sorted.  Of a run that is in both, the one here.  A folder of folders, such as
+    published/, is none."""
     found = {}
     for base in (RUNS, ROOT / "runs"):
         patterns = [bare_name(name).lstrip("/") or "*" for name in names]
         for folder in (path for pattern in patterns for path in base.glob(pattern)):
             parts = folder.relative_to(base).parts
             if folder.is_dir() and parts and not any(part.startswith(".") for part in parts):
-                found[folder.resolve()] = folder
-    return sorted(folder for folder in found.values() if (folder / "config.json").exists()
+                found.setdefault(folder.relative_to(base), folder)
+    once = {folder.resolve(): folder for folder in found.values()}      # links
+    return sorted(folder for folder in once.values() if (folder / "config.json").exists()
                   or not any(path.is_dir() for path in folder.iterdir()))
 
 

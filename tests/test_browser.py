@@ -74,7 +74,7 @@ def serve(suite, target, options, pattern):
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=suite, stdout=file, stderr=subprocess.STDOUT,
                                    env=clean, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (found := re.search(pattern, log.read_text())) or not listening(process):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
@@ -107,14 +107,25 @@ def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS,
-                                             ignore_default_args=["--hide-scrollbars"])
+                                             ignore_default_args=["--hide-scrollbars"],
+                                             timeout=120_000)
         yield browser
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """One for all pages, so that JupyterLab's scripts are loaded once; as patient as two busy cores
+    ask for."""
+    context = browser.new_context(viewport=SIZE)
+    context.set_default_timeout(120_000)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser):
-    page = browser.new_page(viewport=SIZE)
+def page(context):
+    page = context.new_page()
     yield page
     page.close()
 
@@ -343,7 +354,7 @@ def slider_moves_the_figure(page):
     figure = page.locator(".widget-image").first
     before = figure.get_attribute("src")
     handle.press("ArrowRight")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while figure.get_attribute("src") == before:
         assert time.monotonic() < deadline, "the figure stayed as it was"
         page.wait_for_timeout(20)

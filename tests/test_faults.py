@@ -205,6 +205,8 @@ def offline(place):
     with pytest.MonkeyPatch.context() as patch:         # a proxy at a port where nobody listens
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
             patch.setenv(name, "http://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
         DATA.load_data("cifar10")
 
 

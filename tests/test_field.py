@@ -119,7 +119,7 @@ def script(*arguments, shell="bash", cwd="/", path=SCRIPT, **environment):
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     given = {name: str(value) for name, value in given.items() if value is not None}
     return subprocess.run([shell, path, *arguments], cwd=cwd, env=given, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=300)
 
 
 def copied_project(place):
@@ -417,7 +417,7 @@ class Kernel:
         self.manager.start_kernel(cwd=str(vit_helpers.NOTEBOOKS))
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=120)
+        self.client.wait_for_ready(timeout=300)
         return self
 
     def __exit__(self, *error):
@@ -429,7 +429,7 @@ class Kernel:
         shown = []
         for cell in cells:
             reply = self.client.execute_interactive(
-                cell, timeout=120, allow_stdin=False,
+                cell, timeout=300, allow_stdin=False,
                 output_hook=lambda message: shown.append(message["content"].get("text", "")))
             if reply["content"]["status"] == "error":
                 return "".join(shown), reply["content"]["ename"], reply["content"]["evalue"]

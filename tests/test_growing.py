@@ -278,12 +278,12 @@ def test_the_cost_of_rounding_is_told_by_pairs(growing, job, study):
     assert found["p"] == pytest.approx(stats.ttest_1samp(points, 0).pvalue)
     table = growing.rounding_table(pairs)
     assert "**+0.30**" in table and "−0.030" in table
-    assert "lower in 5 of them" in growing.rounding_sentence(pairs)
+    assert "lower in 5 of the 5 pairs" in growing.rounding_sentence(pairs)
     now = growing.estimate(growing.accuracies_of(runs), growing.PRIMARY)["points"]
     was, is_now = growing.signed(now + 0.3), growing.signed(now)
     said = growing.interactions_sentence(runs, pairs)
     assert re.match(f"The interaction of growing was {re.escape(was)} points .* it is "
-                    f"{re.escape(is_now)} points", said)
+                    f"{re.escape(is_now)} points .* Seed by seed it changed by −0.30 points", said)
 
 
 def test_the_prose_says_what_rounding_had_cost(growing, job):
@@ -299,11 +299,15 @@ def test_the_prose_says_what_rounding_had_cost(growing, job):
     assert all(abs(each) < 0.3 for each in points["merged"])
     for shape in ("growing", "shrinking"):
         assert all(growing.gained(pairs[shape, "all"], "val_loss") < 0)
+    before = {cell: pairs[cell][1] if cell in pairs else rows for cell, rows in runs.items()}
+    change = np.subtract(*(growing.by_seed(growing.accuracies_of(each), growing.PRIMARY)
+                           for each in (runs, before)))
+    assert stats.ttest_1samp(change, 0).pvalue > 0.05       # "no larger than the noise"
 
 
 def test_the_prose_says_what_the_published_cross_does(growing, job):
     """README and the notebook's end: growing is behind by about as much with all tokens as with
-    merged ones, shrinking clearly only with all; merging alone changes nothing."""
+    merged ones, shrinking by less; merging alone changes nothing."""
     done = job.read_lines(vit_helpers.ROOT / "runs" / "published" / "growing.jsonl")
     accuracies = {name: growing.accuracies_of(runs)
                   for name, runs in growing.complete_sets(done).items()}
@@ -311,7 +315,10 @@ def test_the_prose_says_what_the_published_cross_does(growing, job):
     for name in ("growing − constant, all", "growing − constant, merged",
                  "shrinking − constant, all"):
         assert found[name]["high"] < 0 and found[name]["adjusted"] < 0.05
-    assert found["shrinking − constant, merged"]["adjusted"] > 0.05
+    for tokens in ("all", "merged"):
+        growth, control = (found[f"{shape} − constant, {tokens}"]["points"]
+                           for shape in ("growing", "shrinking"))
+        assert growth < 2 * control < 0
     cross = accuracies["equal operations"]
     primary = growing.estimate(cross, growing.PRIMARY)
     assert growing.verdict(primary) == "there is no interaction as large as 1 point"
