@@ -3,6 +3,7 @@ without timings."""
 import contextlib
 import io
 import os
+import re
 import subprocess
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ SMALL = ["-p", "model", "towervit-matched", "-p", "dims", "16,32", "-p", "head_d
 BOOK = vit_helpers.notebook_cells(vit_helpers.NOTEBOOKS / "06_run.ipynb")
 CELLS = ["".join(cell["source"]) for cell in BOOK if cell["cell_type"] == "code"]
 TINY = {"dims": "16,32", "head_dim": 8, "epochs": 3, "workers": 0}
+NO_KERNEL = "Kernel died before replying|Kernel didn't respond"
 TIMINGS = {"seconds", "time", "images_per_second"}
 
 
@@ -22,6 +24,16 @@ def train_job(*arguments, **environment):
     """The finished process, its output as text."""
     return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True,
                           env={**os.environ, **environment}, timeout=300)
+
+
+def with_a_kernel(run):
+    """run(), a finished process; once more where its kernel did not start, for two that start at
+    the same moment may pick the same port."""
+    for _ in range(3):
+        done = run()
+        if not re.search(NO_KERNEL, done.stderr):
+            break
+    return done
 
 
 def parameters_cell(**changes):

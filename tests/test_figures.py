@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 import vit_helpers
+from jobs import with_a_kernel
 
 PAGES = ("README.md", "RESULTS.md")
 DRAWING = ("07_comparison", "09_questions", "10_throughput", "11_results", "12_growing")
@@ -35,7 +36,8 @@ def execute(name, output, *parameters):
     source = vit_helpers.NOTEBOOKS / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", source, executed, "-k", "python3",
                "--no-progress-bar", "--cwd", vit_helpers.NOTEBOOKS, "-r", "output", output]
-    done = subprocess.run([*command, *parameters], capture_output=True, text=True)
+    done = with_a_kernel(lambda: subprocess.run([*command, *parameters], capture_output=True,
+                                                text=True))
     assert done.returncode == 0, done.stderr
     return json.dumps(json.loads(executed.read_text()), ensure_ascii=False)
 

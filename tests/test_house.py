@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import vit_helpers
+from jobs import with_a_kernel
 
 NAMES = sorted(path.stem for path in vit_helpers.NOTEBOOKS.glob("*.ipynb"))
 HELPER = vit_helpers.ROOT / "vit_helpers.py"
@@ -152,12 +153,14 @@ def test_a_fifth_model_goes_the_whole_way(suite, tmp_path):
     runs = sorted(path.name for path in suite.glob("runs/digits-*"))
     papermill = ["papermill", "-k", "python3", "--cwd", str(suite / "notebooks"),
                  "--no-progress-bar", "--log-level", "ERROR"]
-    shown = run_in(suite, *papermill, "notebooks/07_comparison.ipynb", str(tmp_path / "07.ipynb"),
-                   "-r", "runs", "digits-*", "-r", "output", str(tmp_path))
+    comparison = ["notebooks/07_comparison.ipynb", str(tmp_path / "07.ipynb"),
+                  "-r", "runs", "digits-*", "-r", "output", str(tmp_path)]
+    shown = with_a_kernel(lambda: run_in(suite, *papermill, *comparison))
     assert shown.returncode == 0, shown.stderr
     assert "ViT with registers" in (tmp_path / "README.md").read_text()
-    shown = run_in(suite, *papermill, "notebooks/08_inside.ipynb", str(tmp_path / "08.ipynb"),
-                   "-r", "run", runs[0], "-r", "compare_with", runs[1])
+    inside = ["notebooks/08_inside.ipynb", str(tmp_path / "08.ipynb"), "-r", "run", runs[0],
+              "-r", "compare_with", runs[1]]
+    shown = with_a_kernel(lambda: run_in(suite, *papermill, *inside))
     assert shown.returncode == 0, shown.stderr
 
 

@@ -5,6 +5,7 @@ The tower is mean-pooled, its images are in colour and its classes have long nam
 import io
 import json
 import math
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vit_helpers
-from jobs import run_notebook
+from jobs import NO_KERNEL, run_notebook
 
 SCREEN = 95         # letters that fit into a line of text output in JupyterLab at 1440 pixels
 
@@ -381,8 +382,13 @@ test_inside.use_widgets(globals())
 
 
 def execute(path, **parameters):
-    return papermill.execute_notebook(path, None, parameters=parameters, kernel_name="python3",
-                                      cwd=vit_helpers.NOTEBOOKS, progress_bar=False)
+    for again in (True, True, False):       # kernels that start at once may pick the same port
+        try:
+            return papermill.execute_notebook(path, None, parameters=parameters, progress_bar=False,
+                                              kernel_name="python3", cwd=vit_helpers.NOTEBOOKS)
+        except RuntimeError as error:
+            if not re.search(NO_KERNEL, str(error)) or not again:
+                raise
 
 
 @pytest.fixture(scope="module")
