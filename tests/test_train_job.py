@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,10 @@ def kill(process):
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
     process.communicate()
-    assert not [one for one in tree if is_alive(one)]
+    deadline = time.monotonic() + 60
+    while any(is_alive(one) for one in tree):           # a large process takes a moment to go
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("VIT_KILLS", 1))))
