@@ -177,6 +177,16 @@ def test_towers_at_equal_operations_cost_what_the_vit_costs(results):
     assert len(ways) == 1                           # what stands in one table is trained alike
 
 
+def test_the_prose_says_what_the_four_in_colour_show(results):
+    """RESULTS: at equal parameters and epochs the tower is ahead, by less than the noise."""
+    found = [published_run(entry["run"]) for entry in results.colour_contestants()]
+    vit, matched = (results.comparison.accuracies_of(
+        [run for run in found if run["config"]["model"] == model])
+        for model in ("vit", "towervit-matched"))
+    assert len(vit) == len(matched) == 3
+    assert matched.mean() > vit.mean() and results.comparison.p_value(vit, matched) > 0.05
+
+
 def test_a_plan_that_was_begun_keeps_its_precision_and_threads(results, monkeypatch):
     plan = [{"run": "alike/seed0"}, {"run": "alike/seed1"}]
     for units, precision in ((True, "bf16"), (False, "fp32")):
