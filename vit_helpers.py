@@ -312,8 +312,8 @@ def did_you_mean(name, known):
 
 
 def counted(number, what):
-    """1, "thread" -> "1 thread"; 2 -> "2 threads"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """1, "thread" -> "1 thread"; 2 -> "2 threads".  The number may be text."""
+    return f"{number} {what}{'' if str(number) == '1' else 's'}"
 
 
 def typed_path(path):
