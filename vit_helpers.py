@@ -912,11 +912,21 @@ def new_model(config):
     return getattr(load_notebook("01_models"), config["class"])(**config["model_settings"])
 
 
-def load_model(run, device="cpu"):
+IMAGE_SETTINGS = ("classes", "mean", "std", "in_channels", "image_size")    # what `predict` asks
+
+
+def load_model(run, device="cpu", needed=()):
     """The best model of a run ("digits-vit-sgd-seed0", "published/…", or the path of its best.pt),
-    in eval mode; its settings are `model.config`."""
+    in eval mode; its settings are `model.config`.
+
+    needed: names that this has to have, such as IMAGE_SETTINGS; ValueError for one that it lacks.
+    """
     path = find_checkpoint(run)
     content = load_checkpoint(path)
+    missing = {"class", "model_settings", *needed} - set(content["config"])
+    if missing:
+        raise ValueError(f"the checkpoint of run {run} has no {', '.join(sorted(missing))} in its "
+                         "config, so it was not written by notebook 6; train the run again")
     with torch.random.fork_rng(devices=[]):         # the caller's random numbers stay as they are
         model = new_model(content["config"])
     fill(model, {name: value.float() for name, value in content["model"].items()}, path)
@@ -934,7 +944,7 @@ def predict(run, images, top=3, batch_size=64):
     Images are read and classified in batches.  Returns a list of (class name, probability), most
     probable first, for each image; for a single image, that list alone.
     """
-    model = load_model(run) if isinstance(run, (str, Path)) else run
+    model = load_model(run, needed=IMAGE_SETTINGS) if isinstance(run, (str, Path)) else run
     config, folder = model.config, folder_of(images)
     single = folder is None and is_one_image(images)
     many, skipped = [images] if single else each_image(images, folder), []

@@ -44,26 +44,14 @@ TRAINING = ("recipe", "optimizer", "schedule", "epochs", "batch_size", "learning
 
 # ---------------------------------------------------------------- what is known of the run
 
-def load(run):
-    """The best model of a run; ValueError if its config lacks what an export needs."""
-    needed = ("classes", "mean", "std", "in_channels", "image_size", "dataset", "images")
-    try:
-        model = vit_helpers.load_model(run)
-        missing = [name for name in needed if name not in model.config]
-    except KeyError as error:                   # class or model_settings
-        missing = [str(error.args[0])]
-    if missing:
-        raise ValueError(f"the checkpoint of run {run} has no {', '.join(missing)} in its config, "
-                         "so it was not written by notebook 6; train the run again")
-    return model
-
-
 class Run:
     """A trained model and what its run folder says: name, model, config, and results and
     predictions (None if the run is not finished, or if only a checkpoint is there)."""
 
     def __init__(self, run):
-        self.model, path = load(run), vit_helpers.find_checkpoint(run)
+        needed = (*vit_helpers.IMAGE_SETTINGS, "dataset", "images")
+        self.model = vit_helpers.load_model(run, needed=needed)
+        path = vit_helpers.find_checkpoint(run)
         self.config = self.model.config
         self.name = path.parent.name if path.name == "best.pt" else path.stem
         self.results = self.predictions = None

@@ -93,20 +93,6 @@ def typed_names(images):
 
 # ---------------------------------------------------------------- reading and classifying
 
-def load(run, device):
-    """The best model of a run on a device; ValueError if its config lacks what is needed."""
-    needed = ("classes", "mean", "std", "in_channels", "image_size")
-    try:
-        model = vit_helpers.load_model(run, vit_helpers.pick_device(device))
-        missing = [name for name in needed if name not in model.config]
-    except KeyError as error:                   # class or model_settings
-        missing = [str(error.args[0])]
-    if missing:
-        raise ValueError(f"the checkpoint of run {run} has no {', '.join(missing)} in its config, "
-                         "so it was not written by notebook 6; train the run again")
-    return model
-
-
 def read(path, config):
     """uint8 (C, S, S), or a text that says why the file cannot be read."""
     try:
@@ -256,7 +242,8 @@ class Tally:
 def predict(options):
     """Do what was typed; returns the exit code."""
     started = time.perf_counter()
-    model = load(options.run, options.device)
+    device = vit_helpers.pick_device(options.device)
+    model = vit_helpers.load_model(options.run, device, vit_helpers.IMAGE_SETTINGS)
     items, messages, failed = find_images(typed_names(options.images), model.config["classes"])
     for message in messages:
         say(message)
