@@ -466,12 +466,6 @@ def results_alone(place):
     half_a_run(small_config(epochs=1, run="half"), "results.json")
 
 
-@fault("a best model that was deleted, in a run that is to go on", ValueError,
-       "best.pt, the best model so far, is gone. Bring it back; or delete .*; or start another")
-def best_deleted(place):
-    half_a_run(small_config(epochs=1, run="half"), "last.pt")
-
-
 @fault("a test of a run that was interrupted", ValueError,
        "run half is not finished, so it is not tested; run the cell that trains it again")
 def interrupted_test(place):

@@ -690,6 +690,10 @@ def test_what_is_left_of_a_run_that_was_begun_goes_on(begun, finished, gone, epo
 
 def test_a_run_whose_best_model_is_gone_does_not_go_on(begun):
     name = half_of(begun, "rest-without-best", "saved_models/{}/best.pt")
+    last = vit_helpers.SAVED_MODELS / name / "last.pt"
+    content = vit_helpers.load_checkpoint(last)
+    content["history"][-1]["val_loss"] = math.inf           # so it does not hold the best model
+    vit_helpers.save(last, content)
     with pytest.raises(ValueError, match="best.pt, the best model so far, is gone. .*last.pt"):
         run_notebook(run=name)
 

@@ -90,6 +90,23 @@ def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, 
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 
+def test_a_kill_between_the_two_checkpoints_loses_no_best_model(tmp_path, monkeypatch, settings,
+                                                                train, training):
+    def killed(folder, state):
+        raise KeyboardInterrupt
+
+    config = settings(epochs=1, ema_decay=0.9)
+    train(config, tmp_path / "one")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_best", killed)
+        train(config, tmp_path / "two")
+    assert not (tmp_path / "two" / "best.pt").exists()
+    train(config, tmp_path / "two")
+    one, two = (vit_helpers.load_checkpoint(tmp_path / name / "best.pt") for name in ("one", "two"))
+    assert one["epoch"] == two["epoch"] == 1
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
 @pytest.mark.parametrize("recipe", ["sgd", "adamw", "modern", "muon"])
 def test_same_seed_same_curve(recipe, settings, train):
     config = settings(recipe=recipe, epochs=1)
