@@ -71,7 +71,7 @@ if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"
 elif [ -d "$ROOT/.venv" ]; then                         # wherever it was moved to
     PATH=$ROOT/.venv/bin:$PATH; unset PYTHONHOME
 fi
-set -u
+set +eo pipefail +o posix -u                            # whatever that file has set
 cd "$ROOT" || exit 1    # what lies where this was typed, a random.py say, must not be imported
 find_papermill='import importlib.util as u, sys; sys.exit(not u.find_spec("papermill"))'
 if ! python -c "$find_papermill" 2>/dev/null; then
@@ -121,12 +121,16 @@ if [ ! -w "${HOME:-/nowhere}" ]; then                   # a container's, or none
     export IPYTHONDIR=$VIT_JOB/ipython JUPYTER_RUNTIME_DIR=$VIT_JOB/jupyter
     export MPLCONFIGDIR=$VIT_JOB/matplotlib HOME=${HOME:-$VIT_JOB}
 fi
+# Not the process group: JupyterLab's kernel may be in it.
 # shellcheck disable=SC2317                         # called by the traps
+below() { local child; for child in $(pgrep -P "$1"); do below "$child"; echo "$child"; done; }
+# shellcheck disable=SC2317
 asked() {
     if [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ]; then
         say "interrupted twice: killed"
         rm -rf "$VIT_JOB"
-        kill -KILL 0
+        # shellcheck disable=SC2046
+        kill -KILL $(below $$) $$ 2>/dev/null
     fi
     say "$1: the training saves after its step and stops"; touch "$VIT_JOB/stop"
 }

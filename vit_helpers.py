@@ -561,7 +561,8 @@ def normalise(images, mean, std, size=None):
     std = to_device(torch.tensor(std), images.device).view(1, -1, 1, 1)
     images = images.float() / 255
     if size and images.shape[-1] != size:
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        images = images.clamp(0, 1)                     # as `read_image` resizes: Pillow's bicubic
     return (images - mean) / std
 
 
@@ -710,11 +711,12 @@ def find_checkpoint(run):
     return find(run, "best.pt", "saved_models") / "best.pt"
 
 
-def refuse_changes(old, new, where):
+def refuse_changes(old, new, where, only=None):
     """ValueError that names every setting in which `new` differs from the run's own: two models
-    are never mixed.  Settings that an old run does not know have their neutral values."""
+    are never mixed.  Settings that an old run does not know have their neutral values.  `only`: the
+    names that count, if not all do."""
     old, new = renamed_config(old), renamed_config(new)
-    changed = changed_settings(old, new)
+    changed = [name for name in changed_settings(old, new) if only is None or name in only]
     if not changed:
         return
     what = "; ".join(f"{name} was {shortened(old[name])} and is now {shortened(new.get(name))}"
@@ -857,6 +859,11 @@ def read_runs(names=("**",), finished=False):
     return runs
 
 
+def data_name(config):
+    """What a run's data set is called: its name, or that of its folder."""
+    return Path(config.get("folder") or config["dataset"]).name
+
+
 def print_runs(names=("**",)):
     """A line for each run: what `make runs` prints."""
     runs = read_runs(names)
@@ -870,7 +877,7 @@ def print_runs(names=("**",)):
         config, history, results = run["config"], run["history"], run["results"]
         test = f"{100 * results['test_accuracy']:.2f}%" if results else "-"
         epochs = f"{history['epoch'][-1]}/{config['epochs']}"
-        print(f"{run['run']:{width}s} {Path(config['dataset']).name:14s} {config['model']:17s} "
+        print(f"{run['run']:{width}s} {data_name(config):14s} {config['model']:17s} "
               f"{config['recipe']:8s} {epochs:>8s} {min(history['loss/val']):9.4f} {test:>7s}")
 
 
@@ -995,16 +1002,30 @@ def each_image(images, folder):
     """Go through many images one by one.  The range of a batch's values is that of the whole: an
     image that is dark in it stays so."""
     if folder is not None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        hidden = [path.relative_to(folder).parts for path in files]
-        return (path for path, parts in zip(files, hidden, strict=True)
-                if not any(part.startswith(".") for part in parts))
+        return files_below(folder)
     if not is_array(images):
         return images
     array = to_array(images)
     top = None if array.dtype in (np.uint8, bool) else top_of(array)
     bytes_of_each = (as_bytes(image, top) for image in array)
     return map(torch.from_numpy, bytes_of_each) if torch.is_tensor(images) else bytes_of_each
+
+
+def files_below(folder):
+    """The paths of all files below a folder, sorted, hidden ones left out; links are followed,
+    each folder once.  ValueError if there are none."""
+    files, seen = [], set()
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(inside)
+        if place in seen:                               # a link to what is there already
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(inside, name) for name in names if not name.startswith(".")]
+    if not files:
+        raise ValueError(f"no images in {os.path.abspath(folder)}")
+    return sorted(path for path in files if path.is_file())
 
 
 def read_each(images, channels, size, skipped=None):
@@ -1063,7 +1084,8 @@ def show_images(images, titles=None, columns=8, size=1.1, colors=None):
     for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         if titles:
-            axis.set_title(titles[i], fontsize=8, color=colors[i] if colors else "black", pad=3)
+            color = colors[i] if colors else "black"
+            axis.set_title(titles[i], fontsize=8, color=color, pad=3, parse_math=False)
     return figure
 
 

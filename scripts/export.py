@@ -64,7 +64,7 @@ class Run:
 
     def dataset(self):
         """The data set as it is written in text; of a folder, its name alone."""
-        name = Path(self.config["dataset"]).name
+        name = vit_helpers.data_name(self.config)
         return DATASETS.TITLES.get(name, name)
 
     def slug(self):
@@ -160,7 +160,12 @@ from PIL import Image, ImageOps
 
 config = json.load(open("config.json", encoding="utf-8"))
 side = config["image_size"]
-image = ImageOps.exif_transpose(Image.open("some.jpg")).convert("{mode}")
+image = ImageOps.exif_transpose(Image.open("some.jpg"))
+if image.mode.startswith("I"):          # 16 bits
+    image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+image = image.convert("{mode}")
 image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 images = {array}     # uint8 {shape}
 """

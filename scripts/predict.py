@@ -52,7 +52,7 @@ def find_images(names, classes):
                 items += found
                 messages += more
             elif stat.S_ISREG(mode):
-                own = Path(name).resolve().parent.name
+                own = Path(os.path.abspath(name)).parent.name       # not where a link leads
                 items.append(Item(name, label_of([own], classes), True))
             else:                                       # reading a pipe could wait for ever
                 raise OSError(errno.EINVAL, "skipped, it is a pipe or a device")
@@ -65,7 +65,7 @@ def find_images(names, classes):
 def images_in(folder, classes):
     """([Item], messages) of the files below a folder, sorted, each once."""
     found = DATASETS.scan(folder)
-    own = folder.resolve().name
+    own = Path(os.path.abspath(folder)).name
     items = [Item(str(folder.joinpath(*names)), label_of([*names[:-1], own], classes), False)
              for names in found.files]
     messages = []
@@ -214,7 +214,8 @@ def check_output(path, items):
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise PermissionError(f"--output {path} may not be written here; name another place")
     final = os.path.realpath(path)
-    if any(os.path.realpath(item.path) == final for item in items if item.named):
+    there = [item.named for item in items if os.path.realpath(item.path) == final]
+    if any(there) or there and DATASETS.open_file(final):       # not an earlier table in a folder
         raise ValueError(f"--output {path} is one of the images, and would be overwritten")
 
 

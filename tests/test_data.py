@@ -183,6 +183,9 @@ def test_named_images_are_brought_to_the_size_and_channels_asked_for(datasets, d
     assert data.train.images.shape[1:] == (3, 8, 8)     # kept small, enlarged batch by batch
     images = data.normalise(data.test.images)
     assert images.shape == (359, 3, 16, 16) and torch.equal(images[:, 0], images[:, 2])
+    found = images * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    read = torch.stack([vit_helpers.read_image(image, 3, 16) for image in data.test.images])
+    assert (255 * found - read).abs().mean() < 1        # `predict` sees what was trained on
     small = torch.nn.functional.avg_pool2d(images[:, :1], 2).flatten()
     wanted = digits.normalise(digits.test.images).flatten()
     assert torch.corrcoef(torch.stack([small, wanted]))[0, 1] > 0.95
@@ -382,14 +385,17 @@ def test_what_cannot_be_read_costs_one_file_only(load, memory, tmp_path, mode, n
     assert data.notes == [f"train: 1 file skipped as no readable image, the first: {name}"]
 
 
-@pytest.mark.parametrize("damage", ["IDAT", "checksum"])
+@pytest.mark.parametrize("damage", ["IDAT", "checksum", "a later chunk"])
 def test_a_file_damaged_in_the_middle_is_skipped_unless_there_are_many(load, datasets, tmp_path,
                                                                       damage, monkeypatch):
     folder = make(tmp_path, cat=9, dog=9)
     file = io.BytesIO()
-    Image.fromarray(RANDOM.integers(0, 255, (40, 40), np.uint8)).save(file, "PNG")
+    side = 300 if damage == "a later chunk" else 40
+    Image.fromarray(RANDOM.integers(0, 255, (side, side), np.uint8)).save(file, "PNG")
     content = bytearray(file.getvalue())
     start = content.index(b"IDAT") + (4 if damage == "IDAT" else 900)
+    if damage == "a later chunk":
+        start = content.rindex(b"IDAT") - 4
     content[start:start + 8] = bytes(8)
     (folder / "dog" / "9.png").write_bytes(content)
     for in_memory in (datasets.IN_MEMORY, 0):

@@ -381,8 +381,14 @@ def test_of_a_folder_what_is_no_image_is_skipped_and_counted(model, digits, tmp_
     (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
     (tmp_path / ".ipynb_checkpoints").mkdir()
     shutil.copy(tmp_path / "1.png", tmp_path / ".ipynb_checkpoints")
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (tmp_path / "2.png").rename(elsewhere / "2.png")
+    (tmp_path / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path)                   # found once all the same
     answers = vit_helpers.predict(model, str(tmp_path))
-    assert answers == vit_helpers.predict(model, [tmp_path / f"{i}.png" for i in range(3)])
+    paths = [tmp_path / "0.png", tmp_path / "1.png", elsewhere / "2.png"]
+    assert answers == vit_helpers.predict(model, paths)
     assert f"2 of 5 files skipped as no readable images, the first: {tmp_path}/0.txt" in (
         capsys.readouterr().out)
     with pytest.raises(ValueError, match="cut.png"):            # asked for by name
@@ -696,6 +702,39 @@ def test_a_run_whose_best_model_is_gone_does_not_go_on(begun):
     vit_helpers.save(last, content)
     with pytest.raises(ValueError, match="best.pt, the best model so far, is gone. .*last.pt"):
         run_notebook(run=name)
+
+
+def test_a_refused_command_changes_nothing(begun, finished):
+    """The run's folder is deleted, its checkpoints are not; other settings, then the old ones."""
+    name = half_of(begun, "rest-refused", "runs/{}/*")
+    with pytest.raises(ValueError, match="begun with other settings .*last.pt.: momentum was 0.9"):
+        run_notebook(run=name, momentum=0.5)
+    assert "epoch   3/3" in run_notebook(run=name)
+    losses = [vit_helpers.read_history(run)["loss/val"] for run in (name, finished)]
+    assert losses[0] == losses[1]
+
+
+def test_a_plan_with_other_settings_under_the_name_of_a_finished_run_is_refused(running, finished,
+                                                                                capsys):
+    entry = {**TINY, "model": "vit", "run": finished}
+    running.train_plan([entry])
+    assert "0 of 1 runs to train" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="config.json.: epochs was 3 and is now 2; dims was"):
+        running.train_plan([{**entry, "epochs": 2, "dims": "16,16"}])
+
+
+def test_an_entry_of_a_plan_without_a_model_is_one_run_of_the_default_model(running, monkeypatch):
+    def run(command, **options):
+        given.append(" ".join(command))
+        return subprocess.CompletedProcess(command, 0)
+
+    given = []
+    monkeypatch.setattr(running.subprocess, "run", run)
+    running.STOP.clear()
+    for entry in ({}, {"model": None}, {"model": "towervit"}):
+        running.train_by_script({"run": "one", **entry})
+    assert [re.search(r"-r model (\S+)", command)[1] for command in given] == ["vit", "vit",
+                                                                              "towervit"]
 
 
 def test_a_finished_run_without_its_log_is_read_from_its_checkpoint(finished, capsys):

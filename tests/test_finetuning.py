@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -411,6 +412,35 @@ def test_a_run_on_a_folder_is_known_by_where_it_lies(finetuning, published, tmp_
         finetuning.fit_parameters(asked(dataset="./images", seed=1), found)
 
 
+def test_a_folder_that_was_moved_or_has_grown_since(finetuning, published, datasets, tmp_path):
+    """Moved, it must be split as before; with more images, a note says what its accuracy is."""
+    numbers = torch.Generator().manual_seed(0)
+    for label in ("a", "b"):
+        (tmp_path / "old" / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = torch.randint(0, 256, (8, 8), generator=numbers).byte().numpy()
+            Image.fromarray(pixels).save(tmp_path / "old" / label / f"{i}.png")
+    data = datasets.load_data(str(tmp_path / "old"), 8)
+    config = {"dataset": "old", "folder": str(tmp_path / "old"), "classes": data.classes,
+              "images": [len(data.train), len(data.val), len(data.test)], "mean": data.mean,
+              "seed": 0, "val_fraction": 0.1}
+    found = {**published, "config": config}
+    (tmp_path / "old").rename(tmp_path / "new")
+    for seed in (0, 1):
+        given = asked(dataset=str(tmp_path / "new"), seed=seed)
+        data = datasets.load_data(given["dataset"], 8, seed=seed)
+        if seed == 0:
+            finetuning.check_images(found, given, data)
+    with pytest.raises(ValueError, match="add -p seed 0"):
+        finetuning.check_images(found, given, data)
+    assert data.notes == []
+    (tmp_path / "new" / "a" / "19.png").unlink()
+    found["config"] = {**config, "folder": str(tmp_path / "new")}
+    data = datasets.load_data(given["dataset"], 8)
+    finetuning.check_images(found, given, data)
+    assert data.notes[-1].startswith("39 images are there, 40 when the weights of run ")
+
+
 def test_a_tower_of_any_name_may_be_called_towervit(finetuning):
     """The width of towervit-matched depends on the number of classes; said so, it does not."""
     found = finetuning.read_weights("published/digits-seed0-towervit-matched")
@@ -456,6 +486,12 @@ def test_state_dicts_inside_training_checkpoints(finetuning, timm_names, tmp_pat
     assert torch.equal(found["weights"]["pos_embed"], timm_names["pos_embed"])
 
 
+def test_our_own_weights_without_their_settings_name_the_way_out(finetuning, published, tmp_path):
+    torch.save({"settings": {}, "model": published["weights"]}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="mine.pt are weights of this suite without the settings"):
+        finetuning.read_weights(str(tmp_path / "mine.pt"))
+
+
 def test_safetensors(finetuning, timm_names, tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file(timm_names, tmp_path / "timm.safetensors")
@@ -497,6 +533,7 @@ def test_what_is_nowhere_names_the_path_and_near_runs(finetuning, tmp_path, monk
     ({"a": 1}, "hold no state dict"), ([1, 2], "hold no state dict"), ({}, "hold no state dict"),
     ({"conv1.weight": torch.zeros(2)}, "are not those of a ViT"),
     ({"conv_proj.weight": torch.zeros(4, 3, 2, 2)}, "are not those of a ViT"),
+    ({"model": {"conv1.weight": torch.zeros(2)}, "config": {"lr": 0.1}}, "are not those of a ViT"),
     (nn.Linear(2, 2), "cannot be read from .* and no code")])
 def test_files_without_such_weights_are_refused(finetuning, tmp_path, content, message):
     path = tmp_path / "weights.pt"

@@ -71,6 +71,15 @@ def test_the_table_says_what_the_model_says(photos, tmp_path, capfd):
     assert "1 of 42 files cannot be read as images" in said
 
 
+def test_a_link_has_the_label_of_its_own_folder(photos, tmp_path, capfd):
+    image = next((photos / "test" / "3").rglob("*.png"))
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "link.png").symlink_to(image)
+    for name in ("7", "7/link.png"):
+        assert predict.main([RUN, str(tmp_path / name), "--output", "-"]) == 0
+        assert capfd.readouterr().out.endswith(",7\n")
+
+
 def test_as_a_shell_expects_it(photos):
     """Only the table on standard output, names from another command, - as the first letter of a
     name, and a named file that cannot be read: code 1, the others are done."""
@@ -131,6 +140,7 @@ BAD = [     # what is typed after the run's name, and what it ends with
      "there is no folder .*nowhere"),
     ("a folder as output", RUN, ["bad", "--output", "empty"], "is a folder; name a file"),
     ("an image as output", RUN, ["bad/1.jpg", "--output", "bad/1.jpg"], "would be overwritten"),
+    ("an image of a folder", RUN, ["good", "--output", "good/1.png"], "would be overwritten"),
 ]
 
 
@@ -142,6 +152,8 @@ def test_what_cannot_work_ends_in_a_sentence(name, run, arguments, said, tmp_pat
     (tmp_path / "bad").mkdir()
     for i in (0, 1):
         (tmp_path / "bad" / f"{i}.jpg").write_text("no image")
+    (tmp_path / "good").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "good" / "1.png")
     before = sorted(tmp_path.rglob("*"))
     code = predict.main([run() if callable(run) else run, *arguments])
     out, err = capfd.readouterr()

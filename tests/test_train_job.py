@@ -79,15 +79,16 @@ def test_a_finished_run_is_left_alone(whole):
     assert "epoch   1/12" not in again.stdout
 
 
-def start(run):
+def start(run, **environment):
     """The small run by train_job.sh, as a process."""
     return subprocess.Popen(["bash", SCRIPT, *SMALL, "-r", "run", run], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, **environment})
 
 
-def interrupt(run):
-    """Begin the run, and ask it to stop by a signal after its first epoch."""
-    process = start(run)
+def interrupt(run, setup):
+    """Begin the run with a file to source, and ask it to stop by a signal after its first epoch."""
+    process = start(run, VIT_SETUP=str(setup))
     for line in process.stdout:
         if "epoch   1/12" in line:
             process.send_signal(signal.SIGTERM)
@@ -129,11 +130,14 @@ def kill(process):
 
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("VIT_KILLS", 1))))
-def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, number):
-    """Asked to stop by a signal, then twice killed at a random moment (VIT_KILLS=20: twenty such
-    runs), then left in peace."""
+def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, number):
+    """Asked to stop by a signal, where a file was sourced that says `set -e`; then twice killed at
+    a random moment (VIT_KILLS=20: twenty such runs); then left in peace."""
     run, numbers, kills = f"disturbed-{number}", random.Random(number), 0
-    interrupt(run)
+    setup = tmp_path / "setup.sh"
+    setup.write_text(f"set -euo pipefail\nPATH='{Path(sys.executable).parent}':$PATH\n")
+    interrupt(run, setup)
+    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*"))
     while True:
         process = start(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -152,6 +156,31 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, number):
     assert left == {"best.pt", "last.pt", "previous.pt", ".lock", "config.json", "results.json",
                     "predictions.npz", "per_class.csv", "progress.log", "06_run.ipynb"}
     print(f"run {number}: killed {kills} times, finished with the undisturbed result")
+
+
+PARENT = """
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, lambda *_: print("the parent goes on", flush=True))
+print("code", subprocess.Popen(sys.argv[1:]).wait(), flush=True)
+"""
+
+
+def test_interrupted_twice_it_ends_at_once_and_leaves_alone_who_started_it():
+    """As JupyterLab's stop does, whose signal goes to the kernel's whole process group."""
+    command = [sys.executable, "-c", PARENT, "bash", SCRIPT, *SMALL, "-r", "run", "twice"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, start_new_session=True)
+    rest, all_below = "", []
+    for line in process.stdout:
+        if "run twice on" in line:
+            all_below = descendants(process.pid)[1:]
+            for _ in range(2):
+                os.killpg(process.pid, signal.SIGINT)
+                time.sleep(1)
+            rest = process.communicate(timeout=60)[0]
+    assert "interrupted twice: killed" in rest and f"code {-signal.SIGKILL}" in rest
+    assert rest.count("the parent goes on") == 2 and process.returncode == 0
+    assert len(all_below) > 2 and not any(map(is_alive, all_below))
+    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*"))
 
 
 def test_a_wrong_parameter_ends_it_at_once_and_the_last_line_says_why():
