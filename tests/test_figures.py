@@ -1,6 +1,7 @@
 """The tables and figures of README.md and RESULTS.md come from the published runs, and the verdict
 from the numbers."""
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -227,6 +228,41 @@ def test_overfitting_is_said_only_where_it_can_be_seen(comparison, published, lo
     sentence = overfitting_of(comparison, published["vit"], losses, images)
     assert said in sentence
     assert ("overfits:" in sentence) == (said == "ViT overfits")
+
+
+def test_runs_that_met_other_test_images_are_compared_without_an_error_of_common_ones(
+        comparison, published):
+    """A folder that has grown, or whose order has changed: the images no longer go by pairs."""
+    ones, name = [published["vit"]], "other-images"
+    shutil.copytree(PUBLISHED / "digits-seed0-towervit", vit_helpers.RUNS / name)
+    others = [{**published["towervit"], "run": name}]
+    path = vit_helpers.RUNS / name / "predictions.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    assert comparison.difference_error(ones, others) > 0
+    for rows in (np.roll(np.arange(359), 1), np.arange(300)):
+        kept = {part: arrays[part][rows] for part in ("logits", "labels")}
+        np.savez(path, **{**arrays, **kept})
+        assert math.isnan(comparison.difference_error(ones, others))
+        [sentence] = comparison.compare_with_first({"first": ones, "second": others})
+        assert "too few to test)" in sentence
+    shutil.rmtree(vit_helpers.RUNS / name)
+
+
+def test_the_validation_images_of_a_folder_count_once_however_many_seeds(comparison, published):
+    run = published["vit"]
+    drawn, given = (changed(run, run["run"], val_drawn=drawn) for drawn in (True, False))
+    one = comparison.validation_error([drawn])
+    assert comparison.validation_error([drawn] * 4) == pytest.approx(one / 2)
+    assert comparison.validation_error([given] * 4) == pytest.approx(one)
+
+
+def test_equal_means_are_no_lead(comparison, published):
+    groups = {label: [{**published[name], "results": {"test_accuracy": 0.9}}]
+              for label, name in (("first", "vit"), ("second", "towervit"))}
+    said = comparison.verdict(groups)
+    assert "**first**, 90.00% (n = 1; the same: second)." in said
+    assert "first and second have the same mean test accuracy (n = 1 and 1" in said
 
 
 # ---------------------------------------------------------------- classes

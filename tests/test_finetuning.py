@@ -441,6 +441,15 @@ def test_a_folder_that_was_moved_or_has_grown_since(finetuning, published, datas
     assert data.notes[-1].startswith("39 images are there, 40 when the weights of run ")
 
 
+def test_a_folder_with_validation_images_of_its_own_may_have_any_seed(finetuning, published,
+                                                                     tmp_path):
+    config = {**published["config"], "folder": str(tmp_path), "val_drawn": False}
+    for dataset in (str(tmp_path), "mnist"):
+        fitted = finetuning.fit_parameters(asked(dataset=dataset, seed=1),
+                                           {**published, "config": config})
+        assert (fitted["seed"], fitted["val_fraction"]) == (1, None)
+
+
 def test_a_tower_of_any_name_may_be_called_towervit(finetuning):
     """The width of towervit-matched depends on the number of classes; said so, it does not."""
     found = finetuning.read_weights("published/digits-seed0-towervit-matched")

@@ -180,7 +180,7 @@ def test_the_smallest_visible_effect_is_seen_in_four_of_five_studies(growing):
     (0.1, 2.0, "growing gains more, or"), (-2.0, -0.1, "growing gains less, or"),
     (-0.99, 0.99, "there is no interaction as large as 1 point"),
     (-1.01, 0.5, "we cannot tell"), (-0.5, 1.01, "we cannot tell"), (-3.0, 3.0, "we cannot tell"),
-    (0.01, 0.5, "growing gains more, or")])
+    (0.01, 0.5, "growing gains more, or"), (1e-12, 2e-12, "the runs have no spread")])
 def test_no_interaction_is_said_only_within_the_margin(growing, low, high, words):
     assert growing.verdict({"low": low, "high": high}).startswith(words)
 

@@ -313,6 +313,12 @@ def test_an_unknown_model_is_refused(models):
         contestant(models, "vit-registers")
 
 
+def test_what_settings_leave_out_is_the_classs_default(models):
+    for name in models.MODELS:
+        class_name, arguments = models.model_settings({"model": name, "dims": (64, 96)})
+        assert getattr(models, class_name)(**arguments).blocks[0].attention.head_dim == 32
+
+
 @pytest.mark.parametrize("name", ["vit", "towervit-matched"])
 def test_settings_reach_the_model(models, name):
     model = contestant(models, name, pool="mean", merge_at=[2], dropout=0.25)
