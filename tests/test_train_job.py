@@ -169,14 +169,14 @@ def test_interrupted_twice_it_ends_at_once_and_leaves_alone_who_started_it():
     """As JupyterLab's stop does, whose signal goes to the kernel's whole process group."""
     command = [sys.executable, "-c", PARENT, "bash", SCRIPT, *SMALL, "-r", "run", "twice"]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, start_new_session=True)
-    rest, all_below = "", []
     for line in process.stdout:
         if "run twice on" in line:
-            all_below = descendants(process.pid)[1:]
-            for _ in range(2):
-                os.killpg(process.pid, signal.SIGINT)
-                time.sleep(1)
-            rest = process.communicate(timeout=60)[0]
+            break
+    all_below = descendants(process.pid)[1:]
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1)
+    rest = process.communicate(timeout=60)[0]
     assert "interrupted twice: killed" in rest and f"code {-signal.SIGKILL}" in rest
     assert rest.count("the parent goes on") == 2 and process.returncode == 0
     assert len(all_below) > 2 and not any(map(is_alive, all_below))
