@@ -129,6 +129,7 @@ asked() {
     if [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ]; then
         say "interrupted twice: killed"
         rm -rf "$VIT_JOB"
+        command -v pgrep >/dev/null || kill -KILL 0         # without it, better too many
         # shellcheck disable=SC2046
         kill -KILL $(below $$) $$ 2>/dev/null
     fi

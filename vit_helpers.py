@@ -1002,7 +1002,10 @@ def each_image(images, folder):
     """Go through many images one by one.  The range of a batch's values is that of the whole: an
     image that is dark in it stays so."""
     if folder is not None:
-        return files_below(folder)
+        files = sorted(path for path in walk_files(folder) if path.is_file())
+        if not files:
+            raise ValueError(f"no images in {os.path.abspath(folder)}")
+        return files
     if not is_array(images):
         return images
     array = to_array(images)
@@ -1011,10 +1014,10 @@ def each_image(images, folder):
     return map(torch.from_numpy, bytes_of_each) if torch.is_tensor(images) else bytes_of_each
 
 
-def files_below(folder):
-    """The paths of all files below a folder, sorted, hidden ones left out; links are followed,
-    each folder once.  ValueError if there are none."""
-    files, seen = [], set()
+def walk_files(folder):
+    """Yield the path of each file below a folder, hidden ones left out; links are followed, each
+    folder once."""
+    seen = set()
     for inside, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(inside)
         if place in seen:                               # a link to what is there already
@@ -1022,10 +1025,7 @@ def files_below(folder):
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(inside, name) for name in names if not name.startswith(".")]
-    if not files:
-        raise ValueError(f"no images in {os.path.abspath(folder)}")
-    return sorted(path for path in files if path.is_file())
+        yield from (Path(inside, name) for name in names if not name.startswith("."))
 
 
 def read_each(images, channels, size, skipped=None):

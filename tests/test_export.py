@@ -85,6 +85,26 @@ def test_the_folder_gives_the_logits_of_the_model_without_the_suite(digits, tmp_
     assert not any(root in (folder / name).read_bytes() for name in export.FILES)
 
 
+@pytest.mark.parametrize("mode, channels", [("RGBA", 1), ("RGBA", 3), ("LA", 1), ("I;16", 1)])
+def test_the_cards_code_reads_an_image_as_the_suite_does(mode, channels, tmp_path, monkeypatch):
+    """Transparent parts are white, and 16 bits are not cut off."""
+    ramp = torch.arange(64).view(8, 8).mul(4).byte().numpy()
+    image = Image.fromarray(ramp)
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype("uint16") * 257)
+    else:
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray(ramp.T.copy()))
+    image.save(tmp_path / "some.jpg", format="PNG")
+    (tmp_path / "config.json").write_text('{"image_size": 8}')
+    monkeypatch.chdir(tmp_path)
+    array = {1: "np.array(image)[None]", 3: "np.array(image).transpose(2, 0, 1)"}[channels]
+    found = {}
+    exec(export.SETUP.format(mode="L" if channels == 1 else "RGB", array=array, shape=""), found)
+    wanted = vit_helpers.read_image(tmp_path / "some.jpg", channels, 8)
+    assert torch.equal(torch.from_numpy(found["images"]), wanted)
+
+
 @needs_packages
 @pytest.mark.parametrize("name, settings", [
     ("merged", {"model": "vit", "merge_at": "2", "pool": "mean"}),

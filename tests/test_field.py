@@ -721,6 +721,8 @@ def test_a_plan_with_other_settings_under_the_name_of_a_finished_run_is_refused(
     assert "0 of 1 runs to train" in capsys.readouterr().out
     with pytest.raises(ValueError, match="config.json.: epochs was 3 and is now 2; dims was"):
         running.train_plan([{**entry, "epochs": 2, "dims": "16,16"}])
+    with pytest.raises(ValueError, match="dataset was 'digits' and is now 'mnist'"):
+        running.train_plan([{**entry, "dataset": "mnist"}])
 
 
 def test_an_entry_of_a_plan_without_a_model_is_one_run_of_the_default_model(running, monkeypatch):
