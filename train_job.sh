@@ -124,15 +124,18 @@ fi
 # Not the process group: JupyterLab's kernel may be in it.
 # shellcheck disable=SC2317                         # called by the traps
 below() { local child; for child in $(pgrep -P "$1"); do below "$child"; echo "$child"; done; }
+# (The file `stop` does not tell whether this is the second: the shell of a node may have made it.)
+stopping=""
 # shellcheck disable=SC2317
 asked() {
-    if [ "$1" = INT ] && [ -e "$VIT_JOB/stop" ]; then
+    if [ "$1" = INT ] && [ -n "$stopping" ]; then
         say "interrupted twice: killed"
         rm -rf "$VIT_JOB"
         command -v pgrep >/dev/null || kill -KILL 0         # without it, better too many
         # shellcheck disable=SC2046
         kill -KILL $(below $$) $$ 2>/dev/null
     fi
+    stopping=yes
     say "$1: the training saves after its step and stops"; touch "$VIT_JOB/stop"
 }
 trap 'asked USR1' USR1; trap 'asked TERM' TERM; trap 'asked INT' INT
