@@ -163,6 +163,28 @@ def test_the_contrast_is_the_computation_by_hand(growing, study):
     assert len(alone) == 5 and alone.mean() == pytest.approx(points)
 
 
+def test_a_contrast_that_is_noisier_than_the_rest_is_found_out(growing, study):
+    """By the sums of squares of the two-way table, and in words: the verdict stays open."""
+    cross = cross_of(growing, study({}, noise=0.1))
+    shift = np.array([-0.9, -0.4, -0.3, 1.9, -0.3])             # of the contrast of each seed
+    for cell, weight in growing.PRIMARY.items():
+        cross[cell] = cross[cell] + weight * shift / 4
+    values = np.array([cross[cell] for cell in cross])
+    noise = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    contrast = (cross["growing", "merged"] - cross["constant", "merged"]
+                - cross["growing", "all"] + cross["constant", "all"])
+    own = contrast.var(ddof=1) / 4
+    rest = ((noise ** 2).sum() - 4 * own) / 16
+    found = growing.noise_test(cross, growing.PRIMARY)
+    assert found["ratio"] == pytest.approx(own / rest) and found["p"] < 0.05
+    assert found["p"] == pytest.approx(stats.f.sf(own / rest, 4, 16))
+    said = " ".join(growing.primary_sentences(cross))
+    assert "noisier than the rule assumes" in said
+    assert said.startswith("**No interaction was seen; whether there is one of 1 point stays open")
+    quiet = cross_of(growing, study({}, noise=0.1))
+    assert growing.headline(quiet) == "There is no interaction as large as 1 point"
+
+
 def test_the_smallest_visible_effect_is_seen_in_four_of_five_studies(growing):
     visible = growing.smallest_visible(growing.PRIMARY, 5, 0.4, 20)
     assert visible == pytest.approx(1.05, abs=0.01)
@@ -257,7 +279,8 @@ def test_the_figure_shows_every_seed(growing, study):
     figure = growing.draw_growing(accuracies)
     vit_helpers.check_titles(figure)
     for axis in figure.axes[:2]:
-        drawn = sum(len(line.get_ydata()) for line in axis.lines if line.get_marker() == "o")
+        seeds = [line for line in axis.lines if line.get_linestyle() == "None"]
+        drawn = sum(len(line.get_ydata()) for line in seeds)
         assert drawn == 3 * 2 * 5 and len(axis.lines) == 3 * (5 + 1)
     assert {line.get_label() for line in figure.axes[0].lines} >= set(SHAPES)
     names = [text.get_text() for text in figure.axes[2].get_yticklabels()]
@@ -322,5 +345,8 @@ def test_the_prose_says_what_the_published_cross_does(growing, job):
     cross = accuracies["equal operations"]
     primary = growing.estimate(cross, growing.PRIMARY)
     assert growing.verdict(primary) == "there is no interaction as large as 1 point"
+    assert growing.headline(cross).endswith("whether there is one of 1 point stays open")
     assert abs(primary["points"]) < 0.3
+    by_seed = growing.by_seed(cross, growing.PRIMARY)           # "seed 3 alone says two"
+    assert by_seed[3] > 2 and abs(np.delete(by_seed, 3)).max() < 0.8
     assert abs((cross["constant", "merged"] - cross["constant", "all"]).mean()) < 0.5

@@ -193,6 +193,9 @@ def test_the_prose_says_what_the_four_in_colour_show(results):
     who = r"TowerViT .* of ViT|ViT .* of TowerViT (wide|matched)"
     assert len(said) == 3 and said[0].startswith("TowerViT ")
     assert all(re.match(rf"({who}): more than the noise of the seeds", line) for line in said)
+    equal_said = results.comparison.compare_with_first(
+        next(iter(results.comparison.group_runs(found).values())))
+    assert all("not settled by these seeds" in line for line in equal_said)
 
 
 def test_a_plan_that_was_begun_keeps_its_precision_and_threads(results, monkeypatch):
