@@ -40,7 +40,8 @@ figures: setup  ## draw every figure in img/, fill the tables of README.md and R
 
 compare: setup  ## the same for your own runs: make compare RUNS="mnist-* published/digits-*" [OUT=folder]
 	@test -n "$(RUNS)" || { echo 'say which runs: make compare RUNS="mnist-*"  (make runs lists them)'; exit 2; }
-	@$(PAPERMILL) notebooks/07_comparison.ipynb /dev/null -r runs "$(RUNS)" -r output "$(OUT)"
+	@$(PYTHON) "$(LOAD) vit_helpers.read_runs($(call given,RUNS).split(), finished=True)"
+	@$(PAPERMILL) notebooks/07_comparison.ipynb /dev/null -r runs "$(RUNS)" -r output "$(OUT)" 2> >(grep -v "over TCP without encryption" >&2)
 	@echo "see $(OUT)/README.md"
 
 runs: setup     ## list the runs that are here
@@ -64,12 +65,12 @@ sweep: setup    ## try settings, judged on validation data: make sweep RUN=eight
 	@$(PYTHON) "$(LOAD) load('06_run').run_sweep(os.environ['SWEEP'])"
 
 results: setup  ## train notebook 11's plan for the GPU or CPU at hand: make results [DATASET=folder] [ONLY="cifar10-best"] [EPOCHS=1] [KIND=cuda]
-	@$(PYTHON) "$(LOAD) load('11_results').run_results($(call given,DATASET,cifar10), $(call given,ONLY), int($(call given,EPOCHS,0)), $(call given,KIND), $(call given,FOLDER,results))"
+	@$(PYTHON) "$(LOAD) load('11_results').run_results($(call given,DATASET,cifar10), $(call given,ONLY), $(call given,EPOCHS), $(call given,KIND), $(call given,FOLDER,results))"
 
 retest: setup   ## test the checkpoints of runs again: make retest [RUNS="published/**"]
 	@$(PYTHON) "$(LOAD) load('11_results').retest($(call given,RUNS,published/**).split())"
 
-predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folder or files" [OUTPUT=found.csv]
+predict: setup  ## classify images by a run: make predict RUN=pets IMAGES="folder 'my folder' a.jpg" [OUTPUT=found.csv]
 	@$(if $(and $(RUN),$(IMAGES)),,echo 'say which: make predict RUN=pets IMAGES="folder or files"  (make runs lists the runs)' >&2; exit 2)
 	@python scripts/predict.py $(if $(OUTPUT),--output "$(OUTPUT)") "$(RUN)" $(IMAGES)
 

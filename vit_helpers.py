@@ -284,7 +284,7 @@ def show_errors_in_a_line():
     raised here or in a notebook, ends in its own sentence; any other error keeps its traceback."""
     def show(kind, error, trace):
         *_, last = traceback.extract_tb(trace)
-        is_ours = last.filename == __file__ or last.filename.startswith(str(NOTEBOOKS))
+        is_ours = last.filename == __file__ or ".ipynb, cell " in last.filename
         if is_ours and issubclass(kind, (ValueError, OSError)):
             print(error, file=sys.stderr)
         else:
@@ -616,7 +616,9 @@ def load_checkpoint(path):
     try:
         content = torch.load(raw, map_location="cpu", weights_only=True)
     except Exception as error:
-        said = str(error).splitlines()[0]
+        if raw.getvalue().startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a pointer to a file; `git lfs pull` fetches it") from None
+        said = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"{path} is damaged or no checkpoint of this suite ({said})") from error
     if not isinstance(content, dict) or not {"model", "config"} <= set(content):
         raise ValueError(f"{path} is damaged or no checkpoint of this suite: "
@@ -827,6 +829,7 @@ def run_folders(names):
     found = {}
     for base in (RUNS, ROOT / "runs"):
         patterns = [bare_name(name).lstrip("/") or "*" for name in names]
+        patterns = [re.sub(r"(?<=[^/])\*\*|\*\*(?=[^/])", "*", each) for each in patterns]
         for folder in (path for pattern in patterns for path in base.glob(pattern)):
             parts = folder.relative_to(base).parts
             if folder.is_dir() and parts and not any(part.startswith(".") for part in parts):
@@ -841,8 +844,12 @@ def read_runs(names=("**",), finished=False):
     "published/digits-*".
 
     What is no run, half written or, with `finished`, not finished is skipped with a line that names
-    it.  FileNotFoundError if nothing fits.
+    it.  FileNotFoundError for a name that fits nothing, and if no run is left.
     """
+    lost = [name for name in names if name != "**" and not run_folders([name])]
+    if lost:
+        raise FileNotFoundError(f"no run fits {' '.join(lost)} in {RUNS}; "
+                                "`make runs` lists those that are there")
     runs = []
     for folder in run_folders(names):
         try:
@@ -854,7 +861,8 @@ def read_runs(names=("**",), finished=False):
         except (OSError, ValueError, KeyError) as error:
             print(f"skipped {folder.name}: {error}", flush=True)
     if not runs and list(names) != ["**"]:
-        raise FileNotFoundError(f"no run fits {' '.join(names)} in {RUNS}; "
+        kind = "finished run" if finished else "run"
+        raise FileNotFoundError(f"no {kind} fits {' '.join(names)} in {RUNS}; "
                                 "`make runs` lists those that are there")
     return runs
 
@@ -1128,6 +1136,8 @@ def plot_spread(axis, histories, tag, label, color, **line):
     curves = [dict(zip(history["epoch"], history[tag], strict=False)) for history in histories]
     steps = sorted(set.intersection(*map(set, curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])    # (runs, epochs)
+    if len(steps) == 1:
+        line.setdefault("marker", "o")                  # a line of one point is not seen
     axis.plot(steps, values.mean(0), label=label, color=color, **line)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(values) > 1:
@@ -1137,13 +1147,18 @@ def plot_spread(axis, histories, tag, label, color, **line):
 def fill_markers(output, texts):
     """Put each text of {marker: text} between `<!-- marker -->` and `<!-- /marker -->`, wherever
     these stand in README.md and RESULTS.md of the folder `output`.  What has no place in either is
-    appended to README.md, which is made if it is missing."""
+    appended to README.md, which is made if it is missing.  ValueError for a marker without its
+    pair, before anything is written."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "README.md", output / "RESULTS.md"]
     contents = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
     contents.setdefault(files[0], "")
     for marker, text in texts.items():
+        for file, content in contents.items():
+            if content.count(f"<!-- {marker} -->") != content.count(f"<!-- /{marker} -->"):
+                raise ValueError(f"{file}: of <!-- {marker} --> and <!-- /{marker} --> one is "
+                                 "missing; put it back, or take both out")
         block = f"<!-- {marker} -->\n{text}\n<!-- /{marker} -->"
         pattern = re.compile(f"<!-- {re.escape(marker)} -->.*?<!-- /{re.escape(marker)} -->", re.S)
         places = [file for file, content in contents.items() if pattern.search(content)]

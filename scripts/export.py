@@ -57,9 +57,11 @@ class Run:
         self.results = self.predictions = None
         if str(run).endswith(".pt"):            # a checkpoint alone may be from another machine
             return
+        results = None
         with contextlib.suppress(FileNotFoundError):
             results = vit_helpers.read_json(vit_helpers.find_run(run) / "results.json")
-            self.predictions = vit_helpers.read_predictions(run)
+        if results:
+            self.predictions = vit_helpers.read_predictions(run)    # its error says what to do
             self.results = results
 
     def dataset(self):
@@ -390,8 +392,8 @@ def check_target(target, replace):
         raise FileExistsError(f"{target} is there already and is no earlier export, or holds more "
                               "than one; name another --output")
     if there and not replace:
-        raise FileExistsError(f"{target} is there already; --replace writes it anew, its README.md "
-                              "too, or name another --output")
+        raise FileExistsError(f"{target} is there already; --replace (make: REPLACE=1) writes it "
+                              "anew, its README.md too, or name another --output (OUTPUT=…)")
 
 
 def write_folder(target, contents):

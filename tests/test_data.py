@@ -224,6 +224,12 @@ def test_a_run_finds_its_data_again(datasets, tmp_path):
     wanted = datasets.load_data(folder, 4, 3, 0.2, channels=3)
     assert sizes(data) == sizes(wanted) and data.train.images.shape[1:] == (3, 4, 4)
     assert torch.equal(data.val.labels, wanted.val.labels)
+    then = {**config, "classes": data.classes, "images": sizes(data)}
+    assert sizes(datasets.load_data_of(then)) == sizes(data)
+    make(tmp_path / "d", owl=9)
+    with pytest.raises(ValueError, match=r"d has changed since the run: then .* of 2 classes, now "
+                                         r".* of 3 classes"):
+        datasets.load_data_of(then)
 
 
 # ---- where things are

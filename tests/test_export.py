@@ -189,7 +189,7 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
 
 TARGETS = [     # an output, whether --replace is typed, what it ends with
     ("nowhere/x", False, "there is no folder .*nowhere"),
-    ("export", False, "is there already; --replace writes it anew"),
+    ("export", False, "is there already; --replace .* writes it anew"),
     ("photos", True, "is no earlier export, or holds more"),
     ("a file", True, "is no earlier export"),
     ("closed/x", False, "closed may not be written; name another --output"),

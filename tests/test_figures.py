@@ -173,6 +173,30 @@ def test_groups_that_differ_in_three_settings_say_so_first(comparison, published
     assert "batch_size 32" in vit and "batch_size 64" in tower
 
 
+def test_folders_of_one_name_with_other_classes_are_no_seeds_of_one(comparison, published):
+    config = {**published["vit"]["config"], "folder": "/a/photos", "dataset": "/a/photos"}
+    other = {**config, "classes": list("qrstuvwxyz"), "seed": 1}
+    runs = [{**published["vit"], "run": name, "config": each}
+            for name, each in (("one", config), ("two", other))]
+    [groups] = comparison.group_runs(runs).values()
+    assert [len(members) for members in groups.values()] == [1, 1]
+    assert sum("q, r, s" in label for label in groups) == 1
+
+
+def test_the_name_of_a_figure_is_short_and_its_own(comparison):
+    names = {comparison.file_name("digits", f"ViT {'long ' * 60}{end}", "curves") for end in "ab"}
+    assert len(names) == 2 and all(len(name) < 140 for name in names)
+    assert comparison.file_name("fashion-mnist", "", "loss") == "fashion-mnist-loss"
+
+
+def test_a_marker_without_its_pair_loses_nothing(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- a -->\nold\n\n## My own text\n")
+    with pytest.raises(ValueError, match="README.md: of <!-- a --> and <!-- /a --> one is missing"):
+        vit_helpers.fill_markers(tmp_path, {"b": "new", "a": "new"})
+    assert page.read_text() == "<!-- a -->\nold\n\n## My own text\n"
+
+
 def test_p_values_are_adjusted_for_the_number_of_comparisons(comparison, published):
     accuracies = {"first": [0.90, 0.91, 0.92], "second": [0.93, 0.94, 0.95],
                   "third": [0.90, 0.915, 0.92], "alone": [0.99]}

@@ -185,6 +185,14 @@ def test_a_contrast_that_is_noisier_than_the_rest_is_found_out(growing, study):
     assert growing.headline(quiet) == "There is no interaction as large as 1 point"
 
 
+def test_without_any_spread_nothing_differs(growing, study):
+    cross = cross_of(growing, study({("growing", "all"): 69}, noise=0.0))
+    assert growing.estimate(cross, growing.PRIMARY)["p"] == 1
+    assert growing.headline(cross) == "The runs have no spread to test by"
+    found = growing.secondary_tests({"equal operations": cross})
+    assert all(each["adjusted"] == 1 for each in found.values())
+
+
 def test_the_smallest_visible_effect_is_seen_in_four_of_five_studies(growing):
     visible = growing.smallest_visible(growing.PRIMARY, 5, 0.4, 20)
     assert visible == pytest.approx(1.05, abs=0.01)

@@ -1,6 +1,7 @@
 """Notebook 11: the plans, the published runs and their checkpoints; notebook 10's tables."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,23 @@ def test_a_result_that_the_checkpoint_does_not_give_is_named(results, greys):
         vit_helpers.write_json(stored, honest)
 
 
+def test_what_cannot_be_tested_is_named_and_the_others_are_tested(results, greys, capfd):
+    for name in ("aa-lost", "ab-pointer"):
+        folder = vit_helpers.RUNS / "results-1-epochs" / name
+        shutil.copytree(vit_helpers.RUNS / GREYS, folder)
+    pointer = vit_helpers.SAVED_MODELS / "results-1-epochs/ab-pointer/best.pt"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text("version https://git-lfs.github.com/spec/v1")
+    lost = "results-1-epochs/aa-lost, results-1-epochs/ab-pointer"
+    with pytest.raises(SystemExit, match=f"^could not be tested: {lost}$"):
+        results.retest(["results-1-epochs/*"])
+    shown = capfd.readouterr().out
+    assert "`git lfs pull` fetches it" in shown and f"{GREYS}: " in shown
+    for name in ("aa-lost", "ab-pointer"):
+        shutil.rmtree(vit_helpers.RUNS / "results-1-epochs" / name)
+    shutil.rmtree(pointer.parent)
+
+
 def test_publishing_halves_a_checkpoint_once(results, greys, monkeypatch, tmp_path):
     source = vit_helpers.SAVED_MODELS / GREYS / "best.pt"
     path = tmp_path / "published" / "greys" / "best.pt"
@@ -110,17 +128,47 @@ def test_publishing_halves_a_checkpoint_once(results, greys, monkeypatch, tmp_pa
 def test_an_unknown_configuration_is_refused_with_the_list(results):
     with pytest.raises(ValueError, match="only is 'best'.* Allowed: greys-cpu-20-minutes, "):
         results.run_results("greys", only="best", kind="cpu")
+    with pytest.raises(ValueError, match="ONLY is 'greys-best', which is .*: KIND=cuda"):
+        results.run_results("greys", only="greys-best", kind="cpu")
+
+
+@pytest.mark.parametrize("dataset, epochs, words", [
+    ("cifer10", None, "dataset is 'cifer10', did you mean 'cifar10'"),
+    ("./no/photos", None, "no folder .*no/photos"), ("cifar10", "abc", "'EPOCHS' is 'abc'"),
+    ("cifar10", "-1", "epochs is -1; it must be")])
+def test_a_budget_that_no_run_would_accept_trains_nothing(results, monkeypatch, dataset, epochs,
+                                                          words):
+    monkeypatch.setattr(results, "train_all", lambda plans: pytest.fail("it began to train"))
+    with pytest.raises((ValueError, OSError), match=words):
+        results.run_results(dataset, epochs=epochs, kind="cpu")
+
+
+def test_configurations_are_all_there_whatever_the_data_are_called(results):
+    for kind in ("cpu", "cuda"):
+        counts = [len(results.configurations(name, kind)) for name in ("cifar10", "fashion-mnist")]
+        assert counts[1] == counts[0] - 1               # Fashion-MNIST is in the other one, too
+    plan, _ = results.budget_plans("/tmp/my photos", "cpu")["my_photos-cpu"]
+    assert plan[0]["run"] == "results/my_photos-cpu-seed0"
+    trained = published_run("published/digits-seed0-vit")
+    found = [{**trained, "run": run} for run in
+             ("results/a-seed0", "results/a-seed1", "other/a-seed0", "results/b-seed0")]
+    results_of = {name: len(members) for name, members in results.by_name(found).items()}
+    assert results_of == {"results/a": 2, "other/a": 1, "b": 1}
 
 
 def test_commands_of_make_say_what_is_wrong_without_a_traceback():
     """Through the words with which make loads the suite."""
     makefile = (vit_helpers.ROOT / "Makefile").read_text()
     words = re.search("^LOAD := (.*)$", makefile, re.MULTILINE)[1]
-    wrong = words + " vit_helpers.one_of('ONLY', 'collour', ['colour'])"
-    shown = subprocess.run([sys.executable, "-c", wrong], cwd=vit_helpers.ROOT,
-                           capture_output=True, text=True)
-    assert shown.returncode == 1
-    assert shown.stderr == "ONLY is 'collour', did you mean 'colour'? Allowed: colour\n"
+    wrong = {" vit_helpers.one_of('ONLY', 'collour', ['colour'])":
+             "ONLY is 'collour', did you mean 'colour'? Allowed: colour\n",
+             " load('02_data').load_data('cifer10')":
+             "dataset is 'cifer10', did you mean 'cifar10'"}
+    for code, said in wrong.items():
+        shown = subprocess.run([sys.executable, "-c", words + code], cwd=vit_helpers.ROOT,
+                               capture_output=True, text=True)
+        assert shown.returncode == 1 and shown.stderr.startswith(said)
+        assert shown.stderr.count("\n") == 1
 
 
 def test_an_unknown_kind_is_refused_with_the_list(results):

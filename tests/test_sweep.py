@@ -113,6 +113,11 @@ def test_what_cannot_be_swept_is_refused_before_any_work(running, monkeypatch, t
 def test_values_may_be_added_to_a_sweep(running):
     for text in (TWO_BY_TWO, "learning_rate=0.03,0.1,0.3 drop_path=0,0.1"):
         running.open_sweep("grows", running.sweep_plan(running.sweep_words(text)))
+    first, more = (running.sweep_plan(running.sweep_words(text))
+                   for text in (TWO_BY_TWO, f"{TWO_BY_TWO} seed=0,1"))
+    running.open_sweep("grows", more)
+    keys = [set(map(running.plan_key, plan)) for plan in (first, more)]
+    assert keys[0] < keys[1] and len(keys[1]) == 2 * len(keys[0])       # nothing is trained twice
 
 
 def test_words_are_read_as_make_writes_them(running):

@@ -441,6 +441,8 @@ def test_foreign_and_half_written_run_folders_are_skipped(capsys):
     assert [run for run in vit_helpers.read_runs() if "no-runs" in run["run"]] == []
     shown = capsys.readouterr().out
     assert [name for name in odd if f"skipped {name}" not in shown] == []
+    with pytest.raises(FileNotFoundError, match="no run fits nothing-here in"):
+        vit_helpers.read_runs(["published/digits-seed0-*", "nothing-here"])
 
 
 READ_RUNS = "import vit_helpers; print(len(vit_helpers.read_runs(['published/digits-seed0-*'])))"
