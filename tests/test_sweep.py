@@ -152,8 +152,8 @@ def test_runs_that_fail_or_are_killed_are_named_and_the_others_trained(running, 
     with pytest.raises(SystemExit) as caught:
         running.run_sweep("RUN=fails learning_rate=0.01,7,9,0.1,1 at_once=2")
     said = str(caught.value)
-    assert '"learning_rate": 7.0}: FloatingPointError: the training loss is nan' in said
-    assert '"learning_rate": 9.0}: its process ended with code -9' in said
+    assert '"learning_rate": 7.0, "seed": 0}: FloatingPointError: the training loss is nan' in said
+    assert '"learning_rate": 9.0, "seed": 0}: its process ended with code -9' in said
     shown = capsys.readouterr().out
     assert "5/5 done" in shown and "3 of 5 runs (the same command goes on" in shown
     assert "Lowest validation loss: learning_rate=0.1, 0.0000 (n = 1: it may be chance" in shown
