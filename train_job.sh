@@ -130,10 +130,12 @@ stopping=""
 asked() {
     if [ "$1" = INT ] && [ -n "$stopping" ]; then
         say "interrupted twice: killed"
-        rm -rf "$VIT_JOB"
-        command -v pgrep >/dev/null || kill -KILL 0         # without it, better too many
+        exec 2>/dev/null                                    # who was killed, we know
+        command -v pgrep >/dev/null || { rm -rf "$VIT_JOB"; kill -KILL 0; }     # better too many
         # shellcheck disable=SC2046
-        kill -KILL $(below $$) $$ 2>/dev/null
+        kill -KILL $(below $$)                              # first: none may write there any more
+        rm -rf "$VIT_JOB" || { sleep 1; rm -rf "$VIT_JOB"; }
+        kill -KILL $$
     fi
     stopping=yes
     say "$1: the training saves after its step and stops"; touch "$VIT_JOB/stop"
