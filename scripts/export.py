@@ -57,12 +57,10 @@ class Run:
         self.results = self.predictions = None
         if str(run).endswith(".pt"):            # a checkpoint alone may be from another machine
             return
-        results = None
         with contextlib.suppress(FileNotFoundError):
-            results = vit_helpers.read_json(vit_helpers.find_run(run) / "results.json")
-        if results:
+            self.results = vit_helpers.read_json(vit_helpers.find_run(run) / "results.json")
+        if self.results:
             self.predictions = vit_helpers.read_predictions(run)    # its error says what to do
-            self.results = results
 
     def dataset(self):
         """The data set as it is written in text; of a folder, its name alone."""

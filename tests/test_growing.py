@@ -330,7 +330,7 @@ def test_the_prose_says_what_rounding_had_cost(growing, job):
     assert all(abs(each) < 0.3 for each in points["merged"])
     for shape in ("growing", "shrinking"):
         assert all(growing.gained(pairs[shape, "all"], "val_loss") < 0)
-    before = {cell: pairs[cell][1] if cell in pairs else rows for cell, rows in runs.items()}
+    before = growing.as_first_trained(runs, pairs)
     change = np.subtract(*(growing.by_seed(growing.accuracies_of(each), growing.PRIMARY)
                            for each in (runs, before)))
     assert stats.ttest_1samp(change, 0).pvalue > 0.05       # "no larger than the noise"
