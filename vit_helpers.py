@@ -316,6 +316,11 @@ def counted(number, what):
     return f"{number} {what}{'' if str(number) == '1' else 's'}"
 
 
+def signed(number, form="+.2f"):
+    """A number as text with its sign: "−0.16", by a true minus sign."""
+    return f"{number:{form}}".replace("-", "−")
+
+
 def typed_path(path):
     """An absolute path, as it was meant where the command was typed: train_job.sh leaves that
     place in VIT_CWD.  Links are not followed."""

@@ -36,10 +36,10 @@ def study(growing, job):
                 "parameters": asked, "val_losses": [1.0], "seconds": 60.0, "device_name": "made up",
                 "torch": "2", "git_commit": "abc", **numbers}
 
-        for cells in (growing.CELLS, growing.TWINS):
+        for cells in (growing.CELLS, growing.TWINS, growing.FROM_48):
             for run in growing.trials(cells, growing.RATES):
                 add(run, val_loss=abs(run["learning_rate"] - 0.008))
-        for cell in [*growing.CELLS, *growing.TWINS]:
+        for cell in [*growing.CELLS, *growing.TWINS, *growing.FROM_48]:
             for run in growing.runs_of(cell, 0.008):
                 points = means.get(cell, 70) + 0.3 * run["seed"] + noise * rng.normal()
                 add(run, val_loss=1.0, test_accuracy=points / 100)
@@ -68,7 +68,7 @@ def cost_by_hand(dims, merge_at):
 
 
 def test_the_cells_cost_what_they_should(growing):
-    for cell in [*growing.CELLS, *growing.TWINS]:
+    for cell in [*growing.CELLS, *growing.TWINS, *growing.FROM_48]:
         asked = growing.parameters_of(cell)
         dims = [int(width) for width in asked["dims"].split(",")]
         assert growing.cost_of(cell) == cost_by_hand(dims, int(asked["merge_at"] or 0))
@@ -86,7 +86,7 @@ def test_cells_differ_in_widths_and_merging_alone(growing):
 
 def test_runs_go_seed_by_seed_and_trials_never_meet_the_test_set(growing, study):
     parts = growing.parts_of_plan(study({}))
-    assert [len(plan) for plan in parts.values()] == [18, 30, 9, 15]
+    assert [len(plan) for plan in parts.values()] == [18, 30, 9, 15, 6, 10]
     runs = parts["runs of the cross"]
     assert [run["seed"] for run in runs] == [seed for seed in range(5) for _ in range(6)]
     for part, plan in parts.items():
@@ -136,7 +136,8 @@ def test_it_is_the_one_way_to_train_a_plan(growing, job, monkeypatch, tmp_path):
     monkeypatch.setitem(growing.SHARED, "dataset", str(tmp_path))
     growing.run_growing(tmp_path / "lines.jsonl")
     assert calls == [(100, "", 18), (100, "", 24), (0, "", 30),
-                     (100, "5", 9), (100, "5", 12), (0, "5", 15)]
+                     (100, "5", 9), (100, "5", 12), (0, "5", 15),
+                     (100, "", 6), (100, "", 8), (0, "", 10)]
     done = job.read_lines(tmp_path / "lines.jsonl")
     assert all(growing.are_done(plan, done) for plan in growing.parts_of_plan(done).values())
 
@@ -255,6 +256,26 @@ def test_secondary_p_values_are_adjusted_for_all_nine(growing, study):
     assert len(cross) == 5                                          # the twins are not there yet
     smallest = min(cross.values(), key=lambda each: each["p"])
     assert smallest["adjusted"] == pytest.approx(9 * smallest["p"])
+
+
+def test_cells_that_were_added_afterwards_are_tested_by_themselves(growing, job, study):
+    """Against the constant cells of the cross, whose verdict they leave as it is."""
+    done = study({("from 48", "all"): 69, ("from 48", "merged"): 71, ("constant", "all"): 70.5})
+    alone = {key: row for key, row in done.items() if row["parameters"]["dims"]
+             not in growing.FROM_48.values()}
+    accuracies = growing.accuracies_of(growing.with_from_48(done))
+    found = growing.afterwards_tests(accuracies)
+    mean = {cell: values.mean() for cell, values in accuracies.items()}
+    whole, merged = (mean["from 48", tokens] - mean["constant", tokens]
+                     for tokens in ("all", "merged"))
+    assert [each["points"] for each in found.values()] == pytest.approx(
+        [whole, merged, merged - whole])
+    ordered = sorted(found.values(), key=lambda each: each["p"])
+    assert ordered[0]["adjusted"] == pytest.approx(3 * ordered[0]["p"])
+    said = growing.texts_for_pages(done)
+    assert f"it is {-whole:.2f} points behind constant with all tokens" in said["growing verdict"]
+    assert growing.with_from_48(alone) == {}
+    assert said["growing"] == growing.texts_for_pages(alone)["growing"]
 
 
 # ---------------------------------------------------------------- what is said, and when

@@ -131,8 +131,8 @@ def kill(process):
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("VIT_KILLS", 1))))
 def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, number):
-    """Asked to stop by a signal, where a file was sourced that says `set -e`; then twice killed at
-    a random moment (VIT_KILLS=20: twenty such runs); then left in peace."""
+    """Asked to stop by a signal, where a file was sourced that says `set -e`; then killed at a
+    random moment (VIT_KILLS=20: twenty such runs); then left in peace."""
     run, numbers, kills = f"disturbed-{number}", random.Random(number), 0
     setup = tmp_path / "setup.sh"
     setup.write_text(f"set -euo pipefail\nPATH='{Path(sys.executable).parent}':$PATH\n")
@@ -141,7 +141,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, n
     while True:
         process = start(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            shown = process.communicate(timeout=numbers.uniform(3, 9) if kills < 2 else 300)[0]
+            shown = process.communicate(timeout=300 if kills else numbers.uniform(3, 9))[0]
             break
         kill(process)
         kills += 1

@@ -122,13 +122,13 @@ def test_preempted_and_out_of_time_two_ranks_end_alike(tmp_path):
 
 
 def test_two_nodes_and_a_failing_rank(tmp_path):
-    both = ["--nodes=2", "--gpus-per-node=2"]
-    number = submit(tmp_path, *both, run="slurm/four", parameters=["-p", "epochs", 1])
+    number = submit(tmp_path, "--nodes=2", "--gpus-per-node=2", run="slurm/four",
+                    parameters=["-p", "epochs", 1])
     assert wait(number, tmp_path)["JobState"] == "COMPLETED", log_of(number, tmp_path)
     assert config("slurm/four")["ranks"] == 4
-    number = submit(tmp_path, *both, run="slurm/failing", parameters=["-p", "epochs", 200])
+    number = submit(tmp_path, "--nodes=2", run="slurm/failing", parameters=["-p", "epochs", 200])
     wait_for_line(number, tmp_path, "epoch   1/200")
-    for kernel in processes(RANK="3", SLURM_JOB_ID=number):
+    for kernel in processes(RANK="1", SLURM_JOB_ID=number):
         if "ipykernel_launcher" in command_of(kernel):
             os.kill(kernel, 9)
     started = time.monotonic()
