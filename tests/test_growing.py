@@ -36,7 +36,7 @@ def study(growing, job):
                 "parameters": asked, "val_losses": [1.0], "seconds": 60.0, "device_name": "made up",
                 "torch": "2", "git_commit": "abc", **numbers}
 
-        for cells in (growing.CELLS, growing.TWINS, growing.FROM_48):
+        for cells in growing.GROUPS.values():
             for run in growing.trials(cells, growing.RATES):
                 add(run, val_loss=abs(run["learning_rate"] - 0.008))
         for cell in [*growing.CELLS, *growing.TWINS, *growing.FROM_48]:
@@ -258,15 +258,16 @@ def test_secondary_p_values_are_adjusted_for_all_nine(growing, study):
     assert smallest["adjusted"] == pytest.approx(9 * smallest["p"])
 
 
-def test_cells_that_were_added_afterwards_are_tested_by_themselves(growing, job, study):
+def test_cells_that_were_added_afterwards_are_tested_by_themselves(growing, study):
     """Against the constant cells of the cross, whose verdict they leave as it is."""
-    done = study({("from 48", "all"): 69, ("from 48", "merged"): 71, ("constant", "all"): 70.5})
+    done = study({("growing from 48", "all"): 69, ("growing from 48", "merged"): 71,
+                  ("constant", "all"): 70.5})
     alone = {key: row for key, row in done.items() if row["parameters"]["dims"]
              not in growing.FROM_48.values()}
     accuracies = growing.accuracies_of(growing.with_from_48(done))
     found = growing.afterwards_tests(accuracies)
     mean = {cell: values.mean() for cell, values in accuracies.items()}
-    whole, merged = (mean["from 48", tokens] - mean["constant", tokens]
+    whole, merged = (mean["growing from 48", tokens] - mean["constant", tokens]
                      for tokens in ("all", "merged"))
     assert [each["points"] for each in found.values()] == pytest.approx(
         [whole, merged, merged - whole])
