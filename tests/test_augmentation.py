@@ -6,7 +6,7 @@ import torch
 
 import vit_helpers
 
-EVERYTHING = "crop,flip,trivial,erase"
+EVERYTHING = "crop,flip,trivial,erase,cutout"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,19 @@ def test_images_of_one_channel_and_a_batch_of_one(augmentation, images):
     changed = augmentation.augment(images[:1, :1], EVERYTHING, generator())
     assert changed.shape == (1, 1, 8, 8)
     assert changed.dtype == torch.uint8
+
+
+def test_cutout_hides_a_square_of_every_image(augmentation):
+    """At most 12 of 32 pixels wide and tall, less at an edge, in the mean colour of the image."""
+    noise = torch.randint(256, (64, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    changed = augmentation.augment(noise, "cutout", generator())
+    for before, after in zip(noise, changed, strict=True):
+        down, right = (before != after).any(0).nonzero().unbind(1)
+        tall, wide = (int(places.max() - places.min()) + 1 for places in (down, right))
+        assert 5 <= tall <= 12 and 5 <= wide <= 12
+        square = after[:, down.min():down.max() + 1, right.min():right.max() + 1]
+        mean = before.float().mean((1, 2)).round().byte()[:, None, None]
+        assert torch.equal(square, mean.expand_as(square))
 
 
 @pytest.mark.parametrize("kinds, digest", [("crop,flip", "f18f51f2e60a5a42"),
