@@ -23,7 +23,6 @@ import sys
 import time
 import traceback
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -343,10 +342,19 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(f"device is {name!r}, which this machine cannot use ({said}); "
-                         "leave it open to let the suite choose, or say cpu") from error
+        there = f"it has {counted(torch.cuda.device_count(), 'GPU')}; start no more processes, "
+        way = there if name.startswith("cuda:") else "leave it open to let the suite choose, "
+        raise ValueError(f"device is {name!r}, which this machine cannot use "
+                         f"({first_line(error)}); {way}or say cpu") from error
+    if device.type == "mps" and "RANK" in os.environ:
+        raise ValueError("several processes cannot share the GPU of an Apple machine; say -p "
+                         "device cpu, or start one process")
     return device
+
+
+def first_line(error):
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def default_device():
@@ -359,7 +367,7 @@ def default_device():
             torch.zeros(1, device="cuda")
             said = "no error"
         except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
+            said = first_line(error)
         raise RuntimeError(f"this job was given GPUs ({given}), but PyTorch {torch.__version__} "
                            f"cannot use them: {said}. Install a PyTorch that fits the driver "
                            "(nvidia-smi shows it), or say -p device cpu to train without them")
@@ -623,7 +631,7 @@ def load_checkpoint(path):
     except Exception as error:
         if raw.getvalue().startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a pointer to a file; `git lfs pull` fetches it") from None
-        said = str(error).splitlines()[0].split(". ")[0]
+        said = first_line(error).split(". ")[0]
         raise ValueError(f"{path} is damaged or no checkpoint of this suite ({said})") from error
     if not isinstance(content, dict) or not {"model", "config"} <= set(content):
         raise ValueError(f"{path} is damaged or no checkpoint of this suite: "
@@ -904,8 +912,8 @@ def read_predictions(run):
         with np.load(path) as stored:                   # allow_pickle is off: no code is run
             arrays = renamed({name: torch.from_numpy(stored[name]) for name in stored.files})
         return {**arrays, "logits": arrays["logits"].float()}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    except Exception as error:          # numpy, zipfile and zlib raise a dozen kinds
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
 
 
 def why_no_predictions(folder):

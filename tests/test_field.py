@@ -312,6 +312,15 @@ def test_a_small_folder_gets_a_small_batch_by_any_recipe(running, tmp_path, reci
     assert resolve(running, dataset=str(tmp_path), recipe=recipe)["batch_size"] == 8
 
 
+def test_files_that_are_not_trained_on_do_not_make_the_batch_larger(running, tmp_path):
+    """A test/ without labels, larger than train/, as competitions have it."""
+    for part, count in (("train/a", 20), ("train/b", 20), ("test", 2000)):
+        (tmp_path / part).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / part / f"{number}.png").touch()
+    assert resolve(running, dataset=str(tmp_path))["batch_size"] == 8
+
+
 @pytest.mark.parametrize("name", [".pets", "-x", "(1) pets", "a..b", "\u65e5\u672c\u8a9e" * 25,
                                   "x" * 240, "data set"])
 def test_a_default_name_is_a_folders_whatever_the_data_set_is_called(running, tmp_path, name):
@@ -751,9 +760,10 @@ def test_predictions_that_were_deleted_or_damaged_are_said_so(finished):
     name = half_of(finished, "half-no-predictions", "runs/{}/predictions.npz")
     with pytest.raises(FileNotFoundError, match="was deleted. Delete results.json beside it"):
         vit_helpers.read_predictions(name)
-    (vit_helpers.RUNS / name / "predictions.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="predictions.npz is damaged"):
-        vit_helpers.read_predictions(name)
+    for left in (b"PK", b""):
+        (vit_helpers.RUNS / name / "predictions.npz").write_bytes(left)
+        with pytest.raises(ValueError, match="predictions.npz is damaged"):
+            vit_helpers.read_predictions(name)
     shutil.rmtree(vit_helpers.SAVED_MODELS / name)
     with pytest.raises(FileNotFoundError, match=f"runs/{name} is there, so its model was deleted"):
         vit_helpers.load_model(name)

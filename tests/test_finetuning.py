@@ -408,8 +408,11 @@ def test_a_run_on_a_folder_is_known_by_where_it_lies(finetuning, published, tmp_
     (tmp_path / "images").mkdir()
     monkeypatch.setenv("VIT_CWD", str(tmp_path))
     found = {**published, "config": config}
-    with pytest.raises(ValueError, match="add -p seed 0"):
-        finetuning.fit_parameters(asked(dataset="./images", seed=1), found)
+    for folder in ("./images", "./images/train", "."):      # in it and around it are its images
+        with pytest.raises(ValueError, match="add -p seed 0"):
+            finetuning.fit_parameters(asked(dataset=folder, seed=1), found)
+    (tmp_path / "other").mkdir()
+    assert finetuning.fit_parameters(asked(dataset="./other", seed=1), found)["seed"] == 1
 
 
 def test_a_folder_that_was_moved_or_has_grown_since(finetuning, published, datasets, tmp_path):
@@ -491,6 +494,13 @@ def test_the_number_of_heads_can_be_given_and_must_be_where_it_is_unknown(finetu
 def test_state_dicts_inside_training_checkpoints(finetuning, timm_names, tmp_path, key):
     inside = {f"module.{name}": value for name, value in timm_names.items()}
     torch.save({"epoch": 3, "arch": "vit", key: inside}, tmp_path / "timm.pth")
+    found = finetuning.read_weights(str(tmp_path / "timm.pth"))
+    assert torch.equal(found["weights"]["pos_embed"], timm_names["pos_embed"])
+
+
+def test_weights_as_averaged_by_torch_and_compiled(finetuning, timm_names, tmp_path):
+    inside = {f"module._orig_mod.{name}": value for name, value in timm_names.items()}
+    torch.save({"model_ema": {"n_averaged": torch.tensor(7), **inside}}, tmp_path / "timm.pth")
     found = finetuning.read_weights(str(tmp_path / "timm.pth"))
     assert torch.equal(found["weights"]["pos_embed"], timm_names["pos_embed"])
 

@@ -165,7 +165,8 @@ def test_the_contrast_is_the_computation_by_hand(growing, study):
 
 
 def test_a_contrast_that_is_noisier_than_the_rest_is_found_out(growing, study):
-    """By the sums of squares of the two-way table, and in words: the verdict stays open."""
+    """By the sums of squares of the two-way table, and in words: beside the rule's verdict stands
+    that the seeds alone leave it open."""
     cross = cross_of(growing, study({}, noise=0.1))
     shift = np.array([-0.9, -0.4, -0.3, 1.9, -0.3])             # of the contrast of each seed
     for cell, weight in growing.PRIMARY.items():
@@ -181,7 +182,8 @@ def test_a_contrast_that_is_noisier_than_the_rest_is_found_out(growing, study):
     assert found["p"] == pytest.approx(stats.f.sf(own / rest, 4, 16))
     said = " ".join(growing.primary_sentences(cross))
     assert "noisier than the rule assumes" in said
-    assert said.startswith("**No interaction was seen; whether there is one of 1 point stays open")
+    assert said.startswith("**By the rule fixed beforehand there is no interaction as large as 1 "
+                           "point; by the seeds alone that stays open")
     quiet = cross_of(growing, study({}, noise=0.1))
     assert growing.headline(quiet) == "There is no interaction as large as 1 point"
 
@@ -375,7 +377,7 @@ def test_the_prose_says_what_the_published_cross_does(growing, job):
     cross = accuracies["equal operations"]
     primary = growing.estimate(cross, growing.PRIMARY)
     assert growing.verdict(primary) == "there is no interaction as large as 1 point"
-    assert growing.headline(cross).endswith("whether there is one of 1 point stays open")
+    assert growing.headline(cross).endswith("by the seeds alone that stays open")
     assert abs(primary["points"]) < 0.3
     by_seed = growing.by_seed(cross, growing.PRIMARY)           # "seed 3 alone says two"
     assert by_seed[3] > 2 and abs(np.delete(by_seed, 3)).max() < 0.8

@@ -288,10 +288,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, settings, train):
 
 # ---- checkpoints
 
-def test_damaged_checkpoints(tmp_path, capsys, settings, train):
+@pytest.mark.parametrize("left", [0, 1000])
+def test_damaged_checkpoints(tmp_path, capsys, settings, train, left):
     config = settings(epochs=2)
     reference, _ = train(config, tmp_path)
-    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:1000])
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:left])
     resumed, history = train(config, tmp_path)
     shown = capsys.readouterr().out
     assert f"warning: {tmp_path / 'last.pt'} is damaged" in shown
@@ -507,6 +508,9 @@ def test_a_run_that_goes_on_keeps_its_precision_unless_another_is_asked_for(runn
     running.keep_choice(config, {"precision": "fp32", "threads": 1})
     assert config["precision"] == "fp32"
     assert "precision was bf16 and is now fp32" in capsys.readouterr().out
+    vit_helpers.write_json(path.with_name("results.json"), {})          # nothing is trained again
+    running.keep_choice(config, {"precision": "fp32", "threads": 1})
+    assert "was trained in bf16; for fp32 give it another name" in capsys.readouterr().out
 
 
 # ---- parameters
