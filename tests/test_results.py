@@ -295,6 +295,17 @@ def test_the_baseline_is_chosen_on_validation_loss(results):
     assert results.baseline_runs(dict(list(done.items())[1:])) == []
 
 
+def test_the_recipe_for_digits_is_chosen_on_the_mean_over_the_splits(results):
+    done = {}
+    for number, way in enumerate(results.WAYS):
+        for trial, noise in zip(results.digits_trials(way), (0, -9, 9, 0), strict=True):
+            done[results.job.plan_key(trial)] = {"val_loss": 5 - number + noise}
+    runs = results.digits_runs(done)
+    assert [run["seed"] for run in runs] == [0, 1, 2, 3, 4] and "test" not in runs[0]
+    assert all(results.WAYS[-1].items() <= run.items() for run in runs)
+    assert results.digits_runs(dict(list(done.items())[1:])) == []
+
+
 # ---------------------------------------------------------------- robustness
 
 def test_robustness_is_deterministic_and_clean_is_what_was_published(results, tmp_path, capfd):
