@@ -474,7 +474,7 @@ def read_image(source, channels, size):
         image = open_image(source)
         if 0 in image.size:
             raise ValueError("it has no pixels")
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if is_deep(image):
             image = Image.fromarray(as_bytes(np.asarray(image)))
         if image.mode == "La":                                      # premultiplied, as resized
             image = image.convert("LA")
@@ -491,6 +491,20 @@ def read_image(source, channels, size):
         is_path = isinstance(source, (str, Path))
         name = os.path.abspath(source) if is_path else type(source).__name__
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def is_deep(image):
+    """Whether a PIL image has one channel of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def range_of_deep(path):
+    """The `top_of` a file's image if that is deep; None for any other file."""
+    try:
+        with Image.open(path) as image:             # the beginning alone is read
+            return top_of(np.asarray(image)) if is_deep(image) else None
+    except Exception:                               # whoever reads it as an image says why
+        return None
 
 
 def open_image(source):
