@@ -342,10 +342,11 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = f"it has {counted(torch.cuda.device_count(), 'GPU')}; start no more processes, "
-        way = there if name.startswith("cuda:") else "leave it open to let the suite choose, "
+        way, here = "leave it open to let the suite choose", torch.cuda.device_count()
+        if "LOCAL_RANK" in os.environ and here:
+            way = f"it has {counted(here, 'GPU')}: start no more processes"
         raise ValueError(f"device is {name!r}, which this machine cannot use "
-                         f"({first_line(error)}); {way}or say cpu") from error
+                         f"({first_line(error)}); {way}, or say cpu") from error
     if device.type == "mps" and "RANK" in os.environ:
         raise ValueError("several processes cannot share the GPU of an Apple machine; say -p "
                          "device cpu, or start one process")
