@@ -382,3 +382,20 @@ def test_the_prose_says_what_the_published_cross_does(growing, job):
     by_seed = growing.by_seed(cross, growing.PRIMARY)           # "seed 3 alone says two"
     assert by_seed[3] > 2 and abs(np.delete(by_seed, 3)).max() < 0.8
     assert abs((cross["constant", "merged"] - cross["constant", "all"]).mean()) < 0.5
+
+
+def test_the_prose_says_what_the_cells_from_48_do(growing, job):
+    """README and the notebook's end: about half of the loss with all tokens, not much less with
+    merged ones; the opposite of the hypothesis, which the seeds alone do not settle."""
+    done = job.read_lines(vit_helpers.ROOT / "runs" / "published" / "growing.jsonl")
+    accuracies = growing.accuracies_of(growing.with_from_48(done))
+    *losses, both = growing.afterwards_tests(accuracies).values()
+    ratios = [loss["points"] / growing.by_seed(accuracies, weights).mean()
+              for loss, weights in zip(losses, (growing.against_constant("growing", "all"),
+                                                growing.against_constant("growing", "merged")),
+                                       strict=True)]
+    assert 0.35 < ratios[0] < 0.6 and 0.75 < ratios[1] < 1
+    assert all(loss["high"] < 0 and loss["adjusted"] < 0.05 for loss in losses)
+    assert both["high"] < 0
+    alone = growing.seeds_alone(accuracies, growing.AFTERWARDS["interaction of growing from 48"])
+    assert f"{alone['p']:.3f}" == "0.068"
