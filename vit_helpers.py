@@ -499,15 +499,6 @@ def is_deep(image):
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def range_of_deep(path):
-    """The `top_of` a file's image if that is deep; None for any other file."""
-    try:
-        with Image.open(path) as image:             # the beginning alone is read
-            return top_of(np.asarray(image)) if is_deep(image) else None
-    except Exception:                               # whoever reads it as an image says why
-        return None
-
-
 def open_image(source):
     """Whatever `read_image` takes as a PIL image, upright."""
     if isinstance(source, (bytes, bytearray, memoryview)):
