@@ -447,7 +447,7 @@ def in_words(error):
         return f"cannot read {error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return f"could not write standard output: {error.strerror}"
-    return str(error).splitlines()[0]
+    return vit_helpers.first_line(error)
 
 
 def parse(arguments):

@@ -350,7 +350,7 @@ def main(arguments=None):
         say(f"out of memory on the device; try --batch-size {max(1, options.batch_size // 4)}")
     except (OSError, ValueError, RuntimeError) as error:
         closed = isinstance(error, OSError) and error.filename      # as Python itself says it
-        say(f"cannot read {closed}: {error.strerror}" if closed else str(error).splitlines()[0])
+        say(f"cannot read {closed}: {error.strerror}" if closed else vit_helpers.first_line(error))
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -508,8 +508,8 @@ def test_a_run_that_goes_on_keeps_its_precision_unless_another_is_asked_for(runn
     running.keep_choice(config, {"precision": "fp32", "threads": 1})
     assert config["precision"] == "fp32"
     assert "precision was bf16 and is now fp32" in capsys.readouterr().out
-    vit_helpers.write_json(path.with_name("results.json"), {})          # nothing is trained again
-    running.keep_choice(config, {"precision": "fp32", "threads": 1})
+    running.keep_choice(config, {"precision": "fp32", "threads": 1}, is_done=True)
+    assert config["precision"] == "bf16"                        # nothing is trained again
     assert "was trained in bf16; for fp32 give it another name" in capsys.readouterr().out
 
 
