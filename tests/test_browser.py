@@ -136,13 +136,18 @@ def code_cells(path):
     return [cell for cell in cells if cell.cell_type == "code" and cell.source]
 
 
-def open_notebook(page, address, path):
-    """Open a notebook of the suite, `notebooks/01_models.ipynb`, in a JupyterLab as it is when
-    new."""
+def open_lab(page, address, path):
+    """Open a file or folder of the suite, `notebooks/01_models.ipynb`, in a JupyterLab as it is
+    when new."""
     base, token = re.match(r"(.*)/lab.*token=(\w+)", address).groups()
     page.goto(f"{base}/lab/tree/{path}?token={token}&reset")
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.locator(".jp-DirListing-item").first.wait_for()    # the list of files takes its place
+
+
+def open_notebook(page, address, path):
+    """The same of a notebook, until its first cells are there."""
+    open_lab(page, address, path)
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
 
 
 def screenshot(page, name):
@@ -190,12 +195,32 @@ def look(page, path):
     return wide
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_wider_than_the_screen(lab, page, suite, name):
-    path = suite / "stored" / f"{name}.ipynb"
-    assert any(cell.outputs for cell in code_cells(path)), f"no outputs: make notebooks ONLY={name}"
+@pytest.fixture(scope="module")
+def reader(lab, context):
+    """A page with the folder stored/, for one notebook after the other: JupyterLab takes as long to
+    start as a notebook to be read."""
+    page = context.new_page()
     without_kernel(page)
-    open_notebook(page, lab[1], f"stored/{name}.ipynb")
+    open_lab(page, lab[1], "stored")
+    yield page
+    page.close()
+
+
+def read_stored(page, name):
+    """Open a notebook from the list of files, in place of the one before it."""
+    panel = page.locator(".jp-NotebookPanel")
+    if panel.count():
+        page.locator(".lm-TabBar-tab.jp-mod-current .lm-TabBar-tabCloseIcon").click()
+        panel.wait_for(state="detached")
+    page.locator(".jp-DirListing-item", has_text=f"{name}.ipynb").dblclick()
+    panel.locator(".jp-Cell").first.wait_for()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_wider_than_the_screen(reader, suite, name):
+    page, path = reader, suite / "stored" / f"{name}.ipynb"
+    assert any(cell.outputs for cell in code_cells(path)), f"no outputs: make notebooks ONLY={name}"
+    read_stored(page, name)
     wide = look(page, path)
     if "VIT_SCREENSHOTS" in os.environ:
         screenshots_of_screens(page, name, 4 if name == "04_training" else 1)

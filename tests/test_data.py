@@ -391,6 +391,16 @@ def test_what_cannot_be_read_costs_one_file_only(load, memory, tmp_path, mode, n
     assert data.notes == [f"train: 1 file skipped as no readable image, the first: {name}"]
 
 
+def test_deep_images_of_different_ranges_are_named_as_text(load, tmp_path):
+    folder = make(tmp_path, cat=9, dog=9)
+    for name, brightest in ((b"dim\xff.png", 4000), (b"bright\n.png", 40000)):
+        image = np.full((8, 8), brightest, np.uint16)
+        Image.fromarray(image).save(folder / "cat" / os.fsdecode(name))
+    [note] = load(folder, check=False).notes
+    assert "cat/dim\ufffd.png as 0 to 4095, cat/bright\ufffd.png as 0 to 65535" in note
+    assert note.isprintable()
+
+
 @pytest.mark.parametrize("damage", ["IDAT", "checksum", "a later chunk"])
 def test_a_file_damaged_in_the_middle_is_skipped_unless_there_are_many(load, datasets, tmp_path,
                                                                       damage, monkeypatch):
