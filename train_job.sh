@@ -154,7 +154,8 @@ if [ "$NODES" -gt 1 ]; then
     fi
 fi
 
-# One rank: one papermill, one kernel.  Kernels that start at the same moment may pick the same
+# One rank: one papermill, one kernel.  The notebook is written once, at its end: after every cell,
+# that would take a sixth of a short run.  Kernels that start at the same moment may pick the same
 # port; the one that dies of it, or never answers, before it has run anything is started again.
 quiet() { grep -v --line-buffered "Kernel is running over TCP without encryption"; }
 end_if_port_is_taken() {    # such a kernel may neither die nor answer
@@ -173,7 +174,8 @@ rank() {
         rm -f "$errors"
         python -m papermill "$ROOT/notebooks/06_run.ipynb" "$VIT_JOB/rank${RANK:-0}.ipynb" \
             -k python3 --start-timeout 300 --cwd "$ROOT/notebooks" --no-progress-bar \
-            --log-level ERROR --stdout-file "$output" --stderr-file - "$@" \
+            --no-request-save-on-cell-execute --log-level ERROR \
+            --stdout-file "$output" --stderr-file - "$@" \
             2> >(tee "$errors" | quiet >&2) &
         papermill=$!
         end_if_port_is_taken $papermill "$errors" >/dev/null 2>&1 &
@@ -217,7 +219,7 @@ wait_for() {                # a trap ends a `wait`: wait again until the process
 }
 export -f rank node wait_for quiet end_if_port_is_taken
 
-code=0 finished=()
+code=0 finished=() executed=""
 for model in $models; do
     set -- -r model "$model" -p seed "${seed:-0}" ${arguments[@]+"${arguments[@]}"}
     if [ -n "$prefix" ]; then
@@ -231,8 +233,10 @@ for model in $models; do
         node "$@" </dev/null &
     fi
     wait_for $!; code=$?
-    run=$(cat "$VIT_JOB/run" 2>/dev/null) &&
-        mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/06_run.ipynb"
+    executed=""                                         # there is none of a kernel that died
+    run=$(cat "$VIT_JOB/run" 2>/dev/null) && [ -e "$VIT_JOB/rank0.ipynb" ] &&
+        mv "$VIT_JOB/rank0.ipynb" "$VIT_HOME/runs/$run/06_run.ipynb" &&
+        executed=", the executed notebook in runs/$run"
     [ "$code" = 0 ] || break
     finished+=("$(cat "$VIT_JOB"/run "$VIT_JOB"/was-done 2>/dev/null)")
     rm -f "$VIT_JOB"/run "$VIT_JOB"/was-done
@@ -245,7 +249,7 @@ if [ "$code" = 0 ]; then
     echo "Runs are in $VIT_HOME/runs (see \`make tensorboard\`),"
     echo "the models with the lowest validation loss in $VIT_HOME/saved_models."
 elif [ ! -e "$VIT_JOB/stop" ] || [ -e "$VIT_JOB/failed" ]; then
-    say "failed with code $code; the error is above${run:+, the executed notebook in runs/$run}"
+    say "failed with code $code; the error is above$executed"
 elif [ "$state" = RUNNING ] && [ -e "$VIT_JOB/saved" ]; then    # not cancelled, and with progress
     say "saved: back into the queue"
     if scontrol requeue "$job"; then            # SLURM ends this script meanwhile

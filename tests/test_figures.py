@@ -36,7 +36,8 @@ def execute(name, output, *parameters):
     executed = output / f"{name}.ipynb"
     source = vit_helpers.NOTEBOOKS / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", source, executed, "-k", "python3",
-               "--no-progress-bar", "--cwd", vit_helpers.NOTEBOOKS, "-r", "output", output]
+               "--no-progress-bar", "--no-request-save-on-cell-execute",
+               "--cwd", vit_helpers.NOTEBOOKS, "-r", "output", output]
     done = with_a_kernel(lambda: subprocess.run([*command, *parameters], capture_output=True,
                                                 text=True))
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,7 @@ def test_a_fifth_model_goes_the_whole_way(suite, tmp_path):
     assert config["class"] == "RegisterViT" and config["model_settings"]["registers"] == 3
     runs = sorted(path.name for path in suite.glob("runs/digits-*"))
     papermill = ["papermill", "-k", "python3", "--cwd", str(suite / "notebooks"),
-                 "--no-progress-bar", "--log-level", "ERROR"]
+                 "--no-progress-bar", "--no-request-save-on-cell-execute", "--log-level", "ERROR"]
     comparison = ["notebooks/07_comparison.ipynb", str(tmp_path / "07.ipynb"),
                   "-r", "runs", "digits-*", "-r", "output", str(tmp_path)]
     shown = with_a_kernel(lambda: run_in(suite, *papermill, *comparison))
