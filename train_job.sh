@@ -62,9 +62,14 @@ if ! mkdir -p "$VIT_HOME/runs" 2>/dev/null || [ ! -w "$VIT_HOME/runs" ]; then
     exit 1
 fi
 VIT_HOME=$(cd "$VIT_HOME" && pwd)
-NPROC=${NPROC:-1} NODES=1
-[ -n "$job" ] && NPROC=${SLURM_GPUS_ON_NODE:-1} NODES=${SLURM_NNODES:-1}
-export ROOT VIT_HOME VIT_CWD NPROC NODES
+export ROOT VIT_HOME VIT_CWD
+case ${VIT_SETUP:-} in "~/"*) VIT_SETUP=${HOME:-}${VIT_SETUP#"~"} ;; esac
+if [ -n "${VIT_SETUP:-}" ] && [ ! -r "$VIT_SETUP" ]; then
+    say "cannot read the file to source, VIT_SETUP=$VIT_SETUP"
+    exit 1
+fi
+given=("$@")
+set --                                              # or the file would take them for its own
 set +u                                              # module files and conda know no `set -u`
 # shellcheck disable=SC1090,SC1091
 if [ -n "${VIT_SETUP:-}" ]; then . "$VIT_SETUP"
@@ -72,6 +77,10 @@ elif [ -d "$ROOT/.venv" ]; then                         # wherever it was moved 
     PATH=$ROOT/.venv/bin:$PATH; unset PYTHONHOME
 fi
 set +eo pipefail +o posix -u                            # whatever that file has set
+set -- ${given[@]+"${given[@]}"}
+NPROC=${NPROC:-1} NODES=1
+[ -n "$job" ] && NPROC=${SLURM_GPUS_ON_NODE:-1} NODES=${SLURM_NNODES:-1}
+export NPROC NODES
 cd "$ROOT" || exit 1    # what lies where this was typed, a random.py say, must not be imported
 find_papermill='import importlib.util as u, sys; sys.exit(not u.find_spec("papermill"))'
 if ! python -c "$find_papermill" 2>/dev/null; then
@@ -97,6 +106,7 @@ done
 for name in model prefix seed; do                       # None: left open
     [ "${!name}" = None ] && printf -v "$name" ""
 done
+while [ "${prefix%/}" != "$prefix" ]; do prefix=${prefix%/}; done      # completed by Tab
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 contestants() {
     python -c "import vit_helpers; print(*vit_helpers.load_notebook('01_models').MODELS)"
@@ -112,10 +122,12 @@ fi
 
 # The job's own folder.  A file `stop` in it asks the training to save and stop; the kernels never
 # see a signal.
-for old in "$VIT_HOME/runs/.job-$HOSTNAME@"*; do                # of scripts that were killed
+# (A number of a process is one in its container alone.)
+here=$HOSTNAME-$(readlink /proc/self/ns/pid 2>/dev/null | tr -dc 0-9)
+for old in "$VIT_HOME/runs/.job-$here@"*; do                    # of scripts that were killed
     [ ! -O "$old" ] || kill -0 "${old##*@}" 2>/dev/null || rm -rf "$old"
 done
-export VIT_JOB=$VIT_HOME/runs/.job-${job:-$HOSTNAME@$$}
+export VIT_JOB=$VIT_HOME/runs/.job-${job:-$here@$$}
 rm -rf "$VIT_JOB" && mkdir "$VIT_JOB" || exit 1
 if [ ! -w "${HOME:-/nowhere}" ]; then                   # a container's, or none: what needs one
     export IPYTHONDIR=$VIT_JOB/ipython JUPYTER_RUNTIME_DIR=$VIT_JOB/jupyter
@@ -191,7 +203,8 @@ rank() {
     return "$code"
 }
 # One node: torchrun if there are several ranks.  Signals that reach the shell of a node become the
-# stop file; all below it ignores them (ignored signals stay ignored across exec).
+# stop file; all below it ignores them (ignored signals stay ignored across exec).  torchrun would
+# handle some all the same, SIGHUP under nohup among them: it is given one that nobody sends.
 node() {
     trap 'touch "$VIT_JOB/stop"' USR1 TERM INT
     (   trap "" USR1 TERM INT
@@ -208,7 +221,7 @@ node() {
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
         exec python -m torch.distributed.run --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" \
             --nproc-per-node="$NPROC" --master-addr="$HEAD" --master-port="$PORT" \
-            --signals-to-handle=SIGHUP --shutdown-timeout=5 --max-restarts=0 --no-python \
+            --signals-to-handle=SIGUSR2 --shutdown-timeout=5 --max-restarts=0 --no-python \
             --log-dir="$VIT_JOB/torchrun" \
             bash -c 'rank "$@"' rank "$@" ) &
     wait_for $!
@@ -227,7 +240,11 @@ for model in $models; do
         [ "$models" = "$model" ] || set -- "$@" -r run "$prefix-$model"
     fi
     if [ -n "$job" ]; then
-        srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        # One shell a node, with all GPUs that the job has there (however it was asked for them),
+        # and with the functions of this one (whatever sbatch --export said).
+        srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --export=ALL \
+            ${SLURM_GPUS_ON_NODE:+--gpus-per-node="$SLURM_GPUS_ON_NODE"} \
+            --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
             --kill-on-bad-exit=1 bash -c 'node "$@"' node "$@" </dev/null &
     else
         node "$@" </dev/null &

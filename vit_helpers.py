@@ -745,7 +745,7 @@ def refuse_changes(old, new, where, only=None):
     ways = "Give it another name (-p run …), go back to the old settings, or delete its folders"
     if changed == ["epochs"]:
         ways += (f"; to train longer, start another run from the best model of this one: "
-                 f"-r initial_weights {old.get('run')} -r run …")
+                 f"-r initial_weights {new.get('run')} -r run …")
     raise ValueError(f"this run was begun with other settings ({where}): {what}. {ways}")
 
 
@@ -848,6 +848,7 @@ def run_folders(names):
     found = {}
     for base in (RUNS, ROOT / "runs"):
         patterns = [bare_name(name).lstrip("/") or "*" for name in names]
+        patterns = ["**" if each in (".", "runs") else each for each in patterns]
         patterns = [re.sub(r"(?<=[^/])\*\*|\*\*(?=[^/])", "*", each) for each in patterns]
         for folder in (path for pattern in patterns for path in base.glob(pattern)):
             parts = folder.relative_to(base).parts

@@ -27,8 +27,8 @@ def train_job(*arguments, **environment):
 
 
 def with_a_kernel(run):
-    """run(), a finished process; once more where its kernel did not start, for two that start at
-    the same moment may pick the same port."""
+    """run(), a finished process; up to twice more where its kernel did not start, for two that
+    start at the same moment may pick the same port."""
     for _ in range(3):
         done = run()
         if not re.search(NO_KERNEL, done.stderr):

@@ -186,6 +186,16 @@ def test_the_project_is_found_from_every_shell_by_links_and_with_a_home_in_quote
     assert shown.stdout.strip() == f"ROOT={copied} HOME={home} CWD={cwd}", shown.stderr
 
 
+def test_a_file_to_source_must_be_there_and_sees_none_of_the_options(copied, tmp_path):
+    python = Path(sys.executable).parent
+    (tmp_path / "setup").write_text(f"PATH='{python}':$PATH; echo \"sees $#\"; set -- -p seed 1\n")
+    path = copied / "train_job.sh"
+    shown = script("vit", path=path, VIT_HOME=tmp_path, VIT_SETUP=tmp_path / "setup")
+    assert "sees 0\n" in shown.stdout and "do not know 'vit'" in shown.stdout, shown.stderr
+    shown = script("vit", path=path, VIT_HOME=tmp_path, VIT_SETUP=tmp_path / "none")
+    assert shown.returncode == 1 and f"VIT_SETUP={tmp_path / 'none'}" in shown.stdout
+
+
 FAKE_SCONTROL = """#!/bin/sh
 echo "JobId=7 Power= Command={script} -p model vit -r run a WorkDir=/tmp StdErr=/tmp/x"
 """

@@ -28,7 +28,7 @@ def test_a_run_is_a_folder_with_all_that_the_contract_promises(whole):
     assert any(line.startswith("whole ") for line in whole.stdout.splitlines())
     folder, saved = vit_helpers.RUNS / "whole", vit_helpers.SAVED_MODELS / "whole"
     assert {path.name for path in saved.iterdir()} == {"best.pt", "last.pt", "previous.pt", ".lock"}
-    left = list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*"))
+    left = list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}-*@*"))
     assert (folder / "06_run.ipynb").exists() and not left
     results = json.loads((folder / "results.json").read_text())
     assert set(results) >= {"test_accuracy", "test_loss", "best_epoch", "val_loss", "epochs",
@@ -137,7 +137,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, n
     setup = tmp_path / "setup.sh"
     setup.write_text(f"set -euo pipefail\nPATH='{Path(sys.executable).parent}':$PATH\n")
     interrupt(run, setup)
-    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*"))
+    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}-*@*"))
     while True:
         process = start(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -175,7 +175,7 @@ def test_interrupted_twice_it_ends_at_once_and_leaves_alone_who_started_it():
         shown.append(line)
         if "run twice on" in line:
             all_below = descendants(process.pid)[1:]
-            [job] = vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*")
+            [job] = vit_helpers.RUNS.glob(f".job-{socket.gethostname()}-*@*")
             (job / "stop").touch()
         if "run twice on" in line or "INT: the training saves" in line:
             os.killpg(process.pid, signal.SIGINT)
@@ -183,7 +183,7 @@ def test_interrupted_twice_it_ends_at_once_and_leaves_alone_who_started_it():
     assert rest.index("INT: the training saves") < rest.index("interrupted twice: killed")
     assert shown[-1] == f"code {-signal.SIGKILL}\n" and process.wait(60) == 0
     assert len(all_below) > 2 and not any(map(is_alive, all_below))
-    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}@*"))
+    assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}-*@*"))
 
 
 def test_a_wrong_parameter_ends_it_at_once_and_the_last_line_says_why():

@@ -141,8 +141,13 @@ def test_two_nodes_and_a_failing_rank(tmp_path):
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path):
-    number = submit(tmp_path, run="slurm/cancelled", parameters=["-p", "epochs", 200])
+    """It asks for GPUs by --gres and hands on three variables alone: all the same, each of its two
+    ranks sees both GPUs."""
+    number = submit(tmp_path, "--gres=gpu:2", "--export=VIT_HOME,OMP_NUM_THREADS,TORCH_WARM_POOL",
+                    run="slurm/cancelled", parameters=["-p", "epochs", 200])
     wait_for_line(number, tmp_path, "epoch   2/200")
+    assert config("slurm/cancelled")["ranks"] == 2
+    assert processes(SLURM_JOB_ID=number, RANK="1", CUDA_VISIBLE_DEVICES="0,1")
     subprocess.run(["scancel", number], check=True)
     record = wait(number, tmp_path)
     assert record["JobState"] == "CANCELLED" and record["Restarts"] == "0"

@@ -3,6 +3,7 @@
 # without systemd.  All that it writes is in the folder $1; down.sh stops it by pid files.
 set -euo pipefail
 dir=$1 here=$(cd "$(dirname "$0")" && pwd)
+trap '"$here/down.sh" "$dir"' ERR                                   # nothing of it stays behind
 mkdir -p "$dir"/{state,spool,log,munge} && chmod 755 "$dir" "$dir/munge"
 for i in 0 1 2 3; do mknod -m 666 "$dir/gpu$i" c 1 3; done         # SLURM wants device files: copies of /dev/null
 for file in slurm.conf gres.conf; do sed "s|@D@|$dir|g; s|@HOST@|$(hostname -s)|g" "$here/$file.in" > "$dir/$file"; done
