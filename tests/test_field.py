@@ -107,6 +107,9 @@ def test_a_run_is_found_as_tab_completion_writes_it():
     folder = vit_helpers.ROOT / "runs" / PUBLISHED
     for name in (f"{PUBLISHED}/", f"runs/{PUBLISHED}", f"./runs/{PUBLISHED}/", folder):
         assert vit_helpers.find_run(name) == folder
+    everything = vit_helpers.run_folders(["**"])
+    for name in ("runs/", "./", vit_helpers.ROOT / "runs"):
+        assert vit_helpers.run_folders([name]) == everything
     best = vit_helpers.ROOT / "saved_models" / PUBLISHED / "best.pt"
     for name in (folder, f"saved_models/{PUBLISHED}/best.pt", best.parent):
         assert vit_helpers.find_checkpoint(name) == best
@@ -723,11 +726,18 @@ def test_a_run_whose_best_model_is_gone_does_not_go_on(begun):
         run_notebook(run=name)
 
 
-def test_a_refused_command_changes_nothing(begun, finished):
-    """The run's folder is deleted, its checkpoints are not; other settings, then the old ones."""
+def test_a_refused_command_changes_nothing(begun, finished, tmp_path, monkeypatch):
+    """The run's folder is deleted, its checkpoints are not; other settings, then the old ones.
+    train_job.sh does not hear of the run: its notebook stays as it is."""
     name = half_of(begun, "rest-refused", "runs/{}/*")
-    with pytest.raises(ValueError, match="begun with other settings .*last.pt.: momentum was 0.9"):
+    monkeypatch.setenv("VIT_JOB", str(tmp_path))
+    for run, settings in ((name, {"momentum": 0.5}), (finished, {"epochs": 4})):
+        with pytest.raises(ValueError, match="begun with other settings"):
+            run_notebook(run=run, **settings)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="last.pt.: momentum was 0.9"):
         run_notebook(run=name, momentum=0.5)
+    monkeypatch.delenv("VIT_JOB")
     assert "epoch   3/3" in run_notebook(run=name)
     losses = [vit_helpers.read_history(run)["loss/val"] for run in (name, finished)]
     assert losses[0] == losses[1]
