@@ -3,10 +3,8 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # What is relative, such as VIT_HOME, is meant from here.
 export VIT_CWD := $(CURDIR)
-QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file -
-# Written once, at its end: after every cell, that would take a sixth of the time.
-ONCE := --no-request-save-on-cell-execute
-PAPERMILL := python -W ignore -m papermill $(QUIET) $(ONCE)
+QUIET := -k python3 --cwd notebooks --no-progress-bar --log-level ERROR --stdout-file - --no-request-save-on-cell-execute
+PAPERMILL := python -W ignore -m papermill $(QUIET)
 PYTHON := python -c
 LOAD := import os, vit_helpers; vit_helpers.show_errors_in_a_line(); load = vit_helpers.load_notebook;
 # A variable that was given, as Python: make exports it, so no quote in it can end the text.

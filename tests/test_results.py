@@ -193,6 +193,20 @@ def test_the_published_plans_name_the_published_runs(planned):
     assert there <= set(planned)
 
 
+def test_the_published_lines_are_those_of_the_plans(results):
+    """No line is left of a plan that was changed later, nor counted for another."""
+    read = results.job.read_lines
+    digits, baseline = read(results.DIGITS), read(results.BASELINE)
+    plans = {results.AUGMENTATIONS: results.augmentation_trials(),
+             results.SETTINGS: results.settings_trials(),
+             results.DIGITS: [*sum(map(results.digits_trials, results.WAYS), []),
+                              *results.digits_runs(digits)],
+             results.BASELINE: [*results.baseline_trials(), *results.baseline_runs(baseline)]}
+    for path, plan in plans.items():
+        lines = set(read(path))
+        assert lines and lines <= set(map(results.job.plan_key, plan)), path
+
+
 def test_the_published_plans_have_the_settings_of_the_published_runs(planned):
     job = vit_helpers.load_notebook("06_run")
     there = [entry for entry in planned.values() if job.is_finished(entry)]
