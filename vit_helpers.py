@@ -751,7 +751,7 @@ def refuse_changes(old, new, where, only=None):
 
 def changed_settings(old, new):
     """The names of the settings and facts of the data that differ."""
-    names = [*(name for name in PARAMETERS if name not in NOT_COMPARED), *DATA_FACTS]
+    names = [*(name for name in PARAMETERS if name not in NOT_COMPARED), "optimizer", *DATA_FACTS]
     if "folder" in old and "folder" in new:
         names.remove("dataset")             # the same images are the same, wherever they lie
     changed = [name for name in names

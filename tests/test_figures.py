@@ -232,6 +232,34 @@ def test_groups_that_differ_in_the_model_alone_need_no_such_line(comparison, pub
     assert "differ" not in comparison.results_table(groups)
 
 
+def test_the_answer_is_about_equal_parameters_and_says_unequal_operations(comparison, published):
+    vit, matched = (published[name] for name in ("vit", "towervit-matched"))
+    [said] = comparison.compare_with_first(groups_of(comparison, vit, matched))
+    assert comparison.answer(groups_of(comparison, vit, matched)).startswith(said)
+    dearer = changed(matched, flops=round(1.5 * vit["config"]["flops"]))
+    assert "TowerViT matched needs 1.50 times the operations" in comparison.answer(
+        groups_of(comparison, vit, dearer))
+    longer = comparison.answer(groups_of(comparison, vit, changed(matched, epochs=99)))
+    assert longer.startswith("**These groups differ in more than the model:** in epochs")
+    larger = changed(matched, parameters=2 * vit["config"]["parameters"])
+    assert comparison.answer(groups_of(comparison, vit, larger)) == ""
+    assert comparison.answer(groups_of(comparison, vit, published["towervit"])) == ""
+
+
+@pytest.mark.parametrize("name", ["threads", "versions", "label_smoothing", "learning_rate"])
+def test_a_run_that_lacks_what_the_tables_need_is_left_out_by_name(comparison, published, capsys,
+                                                                    name):
+    config = {key: value for key, value in published["vit"]["config"].items() if key != name}
+    groups = groups_of(comparison, {**published["vit"], "config": config}, published["towervit"])
+    assert list(groups) == ["TowerViT"]
+    reason = f"skipped {published['vit']['run']}: it does not say its {name}"
+    assert reason in capsys.readouterr().out
+
+
+def groups_of(comparison, *runs):
+    return comparison.group_runs(runs)["digits"]
+
+
 def overfitting_of(comparison, run, losses, validation_images):
     """The sentence on a run with such validation losses, one per epoch, of so many images."""
     history = {tag: [1.0] * len(losses) for tag in comparison.CURVES}

@@ -393,6 +393,34 @@ def test_a_checkpoint_without_today_s_settings_and_names_goes_on(tmp_path, setti
     assert untimed(again) == untimed(history)
 
 
+def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, settings, train):
+    train(settings(epochs=1), tmp_path)
+    with pytest.raises(ValueError, match="optimizer was 'sgd' and is now 'adamw'"):
+        train(settings(epochs=1) | {"optimizer": "adamw"}, tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"optimizer": "muom"}, "optimizer is 'muom', did you mean 'muon'"),
+    ({"class_weights": "equal"}, "class_weights is 'equal'. Allowed: balanced")])
+def test_words_that_the_loop_does_not_know_are_refused(settings, train, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(settings(epochs=1) | changes)
+
+
+def test_muon_needs_a_model_with_blocks(training):
+    with pytest.raises(ValueError, match="matrices of a model's `blocks`, and this model has none"):
+        training.make_muon(torch.nn.Linear(4, 4), 0.1, 0.95, 0.1, "fp32")
+
+
+def test_without_a_folder_nothing_is_said_to_be_saved(tmp_path, monkeypatch, settings, train,
+                                                      training):
+    monkeypatch.setenv("VIT_JOB", str(tmp_path))
+    (tmp_path / "stop").touch()
+    with pytest.raises(training.Stopped, match="nothing was saved, since no folder was given"):
+        train(settings(epochs=1))
+    assert not (tmp_path / "saved").exists()
+
+
 # ---- run folders
 
 HOLDER = """
