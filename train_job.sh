@@ -98,6 +98,8 @@ while [ $# -gt 0 ]; do
         "-p model"|"-r model") model=${3?"$2 needs a value"} ;;
         "-p run"|"-r run") prefix=${3?"$2 needs a value"} ;;
         "-p seed"|"-r seed") seed=${3?"$2 needs a value"} ;;
+        -[pr]\ *=*) say "write $1 ${2%%=*} ${2#*=}, without ="; exit 2 ;;
+        -h\ *|--help\ *) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p;}' "$script"; exit ;;
         -[pr]\ ?*) arguments+=("$1" "$2" "${3?"$2 needs a value"}") ;;
         *) say "do not know '$1': options are -p NAME VALUE or -r NAME TEXT"; exit 2 ;;
     esac

@@ -151,12 +151,28 @@ def check_parameters(namespace, known=None):
     """
     known = known or PARAMETERS
     unknown, deleted = names_given(namespace.get("In", []), known)
-    for name in sorted(unknown):
-        raise ValueError(f"unknown parameter {name!r}{did_you_mean(name, known)}"
-                         f" The parameters are: {', '.join(known)}; let the name of a variable of "
-                         "your own begin with _")
-    return {name: as_type(name, None if name in deleted else namespace.get(name), kind, default)
+    refuse_unknown(unknown, known, "; let the name of a variable of your own begin with _")
+    given = {name: namespace.get(name) for name in known if name not in deleted}
+    return typed_parameters(given, known)
+
+
+def typed_parameters(given, known=None):
+    """{name: value} of every parameter of `known` (those of 06_run if left out), by those that are
+    given: None, or one left out, becomes the default.
+
+    ValueError names a parameter that is not known or a value of the wrong type.
+    """
+    known = known or PARAMETERS
+    refuse_unknown(set(given) - set(known), known)
+    return {name: as_type(name, given.get(name), kind, default)
             for name, (kind, default) in known.items()}
+
+
+def refuse_unknown(names, known, advice=""):
+    """ValueError that names the first of these names, if there is one, and those that are known."""
+    for name in sorted(names):
+        raise ValueError(f"unknown parameter {name!r}{did_you_mean(name, known)}"
+                         f" The parameters are: {', '.join(known)}{advice}")
 
 
 def names_given(sources, known):

@@ -83,13 +83,23 @@ SETTINGS = [
     ("a seed that is too large", dict(seed=2**32), "seed is 4294967296; it must be from 0 to 4294"),
     ("more threads than there are cores", dict(threads=100_000), "threads is 100000; it must be"),
     ("a name that is no data set", dict(dataset="fashionmnist"), "did you mean 'fashion-mnist'"),
+    ("a folder that there is not", dict(dataset="photoz"),
+     "dataset is 'photoz'.*, or a folder of images; there is no folder /.*/photoz"),
+    ("an empty name of a data set", dict(dataset=""), "dataset is empty; give the name"),
+    ("a misspelt parameter in a plan", dict(learnig_rate=0.2),
+     "unknown parameter 'learnig_rate', did you mean 'learning_rate'"),
+    ("half an epoch in a plan", dict(epochs=2.5), "parameter 'epochs' is 2.5, but it must be int"),
+    ("a word for blocks to merge before", dict(merge_at="third"),
+     "merge_at is 'third'; write whole numbers .* like 3,5 .or 0 for no merging."),
+    ("a warm-up that does not end", dict(epochs=10, warmup_epochs=50.0),
+     "warmup_epochs is 50; it must be at most epochs, which is 10"),
 ]
 
 
 def enter_settings(name, parameters, said):
     @fault(name, ValueError, said)
     def harm(place):
-        RUNNING.resolve({**vit_helpers.default_parameters(), **parameters})
+        RUNNING.resolve(parameters)
 
 
 for row in SETTINGS:

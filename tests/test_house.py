@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import vit_helpers
 from jobs import with_a_kernel
@@ -213,3 +215,29 @@ def test_the_settings_of_every_published_run_are_still_the_same_run(run):
     assert configured["class"] == settings["class"]
     model = vit_helpers.build_model(configured)
     assert vit_helpers.load_notebook("01_models").count_parameters(model) == config["parameters"]
+
+
+# ---- what the pages say to type
+
+def words_after_train_job():
+    """What follows train_job.sh in each command of README.md and of the script's own head."""
+    text = "".join((vit_helpers.ROOT / page).read_text() for page in ("README.md", "train_job.sh"))
+    lines = re.findall(r"^(?:# +)?(?:\w+=\w+ )?(?:bash|sbatch) .*train_job\.sh(.*)$", text, re.M)
+    return sorted({re.split(r" {2}| #", line)[0].replace("…", "").strip() for line in lines})
+
+
+@pytest.mark.parametrize("words", words_after_train_job())
+def test_every_command_of_the_pages_is_a_run(words, tmp_path, monkeypatch):
+    """Its parameters as papermill would set them.  (Weights by a name need a network, or a run.)"""
+    monkeypatch.setenv("VIT_CWD", str(tmp_path))
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            image = np.full((64, 64, 3), number, np.uint8)
+            Image.fromarray(image).save(tmp_path / "photos" / name / f"{number}.png")
+    options, names, values = (words.split()[start::3] for start in range(3))
+    assert set(options) <= {"-p", "-r"} and len(options) == len(names) == len(values)
+    given = dict(zip(names, values, strict=True))
+    typed = vit_helpers.check_parameters({**given, "In": list(map("{} = 0".format, given))})
+    settings = vit_helpers.load_notebook("06_run").resolve({**typed, "initial_weights": None})
+    assert settings["run"]

@@ -129,24 +129,32 @@ def kill(process):
         time.sleep(0.1)
 
 
+def kill_in_epoch(epoch, process, seconds):
+    """Kill a run so many seconds after it says that this epoch is done."""
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if f"epoch {epoch:3}/12" in line:
+            break
+    time.sleep(seconds)
+    assert process.poll() is None, "".join(shown)
+    kill(process)
+
+
 @pytest.mark.parametrize("number", range(int(os.environ.get("VIT_KILLS", 1))))
 def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, number):
     """Asked to stop by a signal, where a file was sourced that says `set -e`; then killed at a
-    random moment (VIT_KILLS=20: twenty such runs); then left in peace."""
-    run, numbers, kills = f"disturbed-{number}", random.Random(number), 0
+    random moment of its training (VIT_KILLS=20: twenty such runs); then left in peace."""
+    run, numbers = f"disturbed-{number}", random.Random(number)
     setup = tmp_path / "setup.sh"
     setup.write_text(f"set -euo pipefail\nPATH='{Path(sys.executable).parent}':$PATH\n")
     interrupt(run, setup)
     assert not list(vit_helpers.RUNS.glob(f".job-{socket.gethostname()}-*@*"))
-    while True:
-        process = start(run)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            shown = process.communicate(timeout=300 if kills else numbers.uniform(3, 9))[0]
-            break
-        kill(process)
-        kills += 1
-    assert process.returncode == 0 and kills, shown
-    assert "goes on from its last checkpoint" in shown and "epoch   1/12" not in shown
+    kill_in_epoch(numbers.randint(3, 8), start(run), numbers.uniform(0, 0.3))
+    process = start(run)
+    shown = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, shown
+    assert "goes on from its last checkpoint" in shown and "epoch   2/12" not in shown
     assert untimed(run) == untimed("whole")             # no epoch twice, none missing
     config = json.loads((vit_helpers.RUNS / run / "config.json").read_text())
     started = [each["started"] for each in config["tries"]]
@@ -155,7 +163,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_result(whole, tmp_path, n
             for path in (base / run).iterdir() if "events.out.tfevents" not in path.name}
     assert left == {"best.pt", "last.pt", "previous.pt", ".lock", "config.json", "results.json",
                     "predictions.npz", "per_class.csv", "progress.log", "06_run.ipynb"}
-    print(f"run {number}: killed {kills} times, finished with the undisturbed result")
+    print(f"run {number}: killed, finished with the undisturbed result")
 
 
 PARENT = """
@@ -191,6 +199,12 @@ def test_a_wrong_parameter_ends_it_at_once_and_the_last_line_says_why():
     said = "unknown parameter 'epochz', did you mean 'epochs'? The parameters"
     assert shown.returncode != 0
     assert said in shown.stderr.strip().splitlines()[-1], shown.stderr
+
+
+def test_help_is_the_head_of_the_script_and_an_equals_sign_is_explained():
+    assert "sbatch train_job.sh" in train_job("--help").stdout
+    shown = train_job("-p", "epochs=3", "-p", "model", "vit")
+    assert shown.returncode == 2 and "write -p epochs 3, without =" in shown.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "3"], ["vit"], ["-p", "epochs"]])

@@ -1,5 +1,6 @@
 """The training loop, its checkpoints and the run folders, through their public functions."""
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -59,10 +60,12 @@ def test_a_notebook_that_is_just_being_saved_is_read_when_it_is_whole(tmp_path):
 
 # ---- the loop
 
-@pytest.mark.parametrize("recipe", ["sgd", "modern", "muon"])
+@pytest.mark.parametrize("recipe, precision", [("sgd", "fp32"), ("modern", "bf16"),
+                                               ("muon", "fp32")])
 def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, settings, train, training,
-                                               recipe):
+                                               recipe, precision):
     config = settings(recipe=recipe, augment="+erase", dropout=0.1, drop_path=0.1, epochs=4)
+    config["precision"] = precision
     reference, history = train(config, tmp_path / "one")
     job = tmp_path / "job"
     job.mkdir()
@@ -113,6 +116,40 @@ def test_same_seed_same_curve(recipe, settings, train):
     first, again = untimed(train(config)[1]), untimed(train(config)[1])
     assert first == again
     assert first != untimed(train(settings(recipe=recipe, epochs=1, seed=1))[1])
+
+
+def test_bf16_is_fp32_but_for_rounding(digits, settings, train, training):
+    """One epoch in both, and one model that is asked in both."""
+    trained, losses = {}, {}
+    for precision in ("fp32", "bf16"):
+        config = settings(epochs=1, augment="none") | {"precision": precision}
+        trained[precision], [row] = train(config)
+        losses[precision] = row["train_loss"]
+        asked = training.predict_split(trained["fp32"], digits, digits.val, config)[0]
+        trained[precision].logits = asked.float()
+    assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 0.01
+    one, other = trained["fp32"].logits, trained["bf16"].logits
+    assert 0 < (one - other).abs().max() < 0.05 * one.abs().max()
+    assert trained["bf16"].head.weight.dtype == torch.float32      # what is stored is not rounded
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ for torch.compile")
+
+
+@needs_compiler
+def test_a_compiled_training_is_the_same_but_for_rounding(tmp_path, settings, train):
+    """It begins compiled and goes on uncompiled."""
+    config = settings(dims="16", epochs=2)
+    _, reference = train(config)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(config | {"compile": True}, tmp_path, on_epoch=interrupted)
+    _, history = train(config, tmp_path)
+    assert [row["val_loss"] for row in history] == pytest.approx(
+        [row["val_loss"] for row in reference], rel=1e-4)
+
+
+def interrupted(history):
+    raise KeyboardInterrupt
 
 
 def test_accumulated_gradients_give_the_same_step(settings, train):
@@ -459,6 +496,18 @@ def test_a_run_that_goes_on_in_the_same_kernel_has_each_epoch_once_in_its_log(
     assert vit_helpers.read_history("in-one-kernel")["epoch"] == [1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_that_is_a_file_names_its_holder(tmp_path, running, monkeypatch):
+    """On a disk that knows no locks, as the system then says; the machine that held it has died."""
+    def unknown(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    (tmp_path / ".lock").write_text("4711\nnode7\n")
+    with pytest.raises(RuntimeError, match="if process 4711 on node7 is gone, delete that file"):
+        running.lock_run(tmp_path)
+
+
 def test_foreign_and_half_written_run_folders_are_skipped(capsys):
     odd = {"foreign": {"x.txt": "x"}, "half": {"config.json": json.dumps({"model": "vit"})},
            "broken": {"config.json": "{"}, "empty": {}}
@@ -605,7 +654,7 @@ def test_what_changes_nothing_does_not_change_the_default_name(running, changes)
 @pytest.mark.parametrize("changes, name", [
     ({"epochs": 2}, "digits-vit-sgd-epochs2-seed0"),
     ({"depth": 2}, "digits-vit-sgd-depth2-seed0"),
-    ({"grad_clip": 0, "seed": 3}, "digits-vit-sgd-grad_clip0-seed3"),
+    ({"grad_clip": 0, "seed": 3}, "digits-vit-sgd-grad_clip0.0-seed3"),
     ({"merge_at": "2,3"}, "digits-vit-sgd-merge_at2,3-seed0")])
 def test_what_was_asked_for_is_in_the_default_name(running, changes, name):
     assert resolved(running, **changes)["run"] == name
