@@ -31,7 +31,7 @@ train: setup    ## train all contestants on digits (a few minutes on two cores)
 LONG := tests/slurm $(patsubst %,tests/test_%.py,train_job field browser house figures) notebooks/04_training.ipynb
 SHORT := $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py notebooks/0[1-5]_*.ipynb)))
 test: setup lint    ## all tests, the notebooks among them
-	python -m pytest -q -rs -n 4 --dist loadscope --no-loadscope-reorder $(LONG) $(SHORT) --nbval-lax --nbval-current-env
+	python -m pytest -q -rs --durations=10 -n 4 --dist loadscope --no-loadscope-reorder $(LONG) $(SHORT) --nbval-lax --nbval-current-env
 
 lint: setup     ## what a reader would trip over, in .py files and notebooks
 	python -m ruff check .

@@ -106,6 +106,11 @@ for row in SETTINGS:
     enter_settings(*row)
 
 
+@fault("a plan without names", ValueError, "an entry of the plan has no `run`.*: {'epochs': 1}")
+def plan_without_names(place):
+    RUNNING.train_plan([{"epochs": 1}])
+
+
 @fault("a word for a number", ValueError, "parameter 'epochs' is 'many', but it must be int")
 def word_for_a_number(place):
     vit_helpers.check_parameters({"epochs": "many"})
