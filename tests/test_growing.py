@@ -285,7 +285,7 @@ def test_cells_that_were_added_afterwards_are_tested_by_themselves(growing, stud
     ordered = sorted(found.values(), key=lambda each: each["p"])
     assert ordered[0]["adjusted"] == pytest.approx(3 * ordered[0]["p"])
     said = growing.texts_for_pages(done)
-    assert f"it is {-whole:.2f} points behind constant with all tokens" in said["growing verdict"]
+    assert f"it is {-whole:.2f} points behind constant with all tokens" in said["growing from 48"]
     assert growing.with_from_48(alone) == {}
     assert said["growing"] == growing.texts_for_pages(alone)["growing"]
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 missing = [tool for tool in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(tool)]
 REASON = f"needs SLURM (no {', '.join(missing)}; apt-get install slurm-wlm munge) and root"
 pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=REASON)
-EPOCHS = 80             # more than 30 s with the start of it all: by then SLURM has warned `timed`
+EPOCHS = 60             # more than 30 s with the start of it all: by then SLURM has warned `timed`
 ON_TIME = ["--time=3", "--signal=B:USR1@150"]       # a warning after 30 s, and 150 to save
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 TWO = ["--gpus-per-node=2", "--nodes=1"]
