@@ -156,13 +156,12 @@ def check_parameters(namespace, known=None):
     return typed_parameters(given, known)
 
 
-def typed_parameters(given, known=None):
+def typed_parameters(given, known=PARAMETERS):
     """{name: value} of every parameter of `known` (those of 06_run if left out), by those that are
     given: None, or one left out, becomes the default.
 
     ValueError names a parameter that is not known or a value of the wrong type.
     """
-    known = known or PARAMETERS
     refuse_unknown(set(given) - set(known), known)
     return {name: as_type(name, given.get(name), kind, default)
             for name, (kind, default) in known.items()}

@@ -4,9 +4,11 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 
 import matplotlib.pyplot as plt
+import pytest
 
 import vit_helpers
 
@@ -17,6 +19,7 @@ BOOK = vit_helpers.notebook_cells(vit_helpers.NOTEBOOKS / "06_run.ipynb")
 CELLS = ["".join(cell["source"]) for cell in BOOK if cell["cell_type"] == "code"]
 TINY = {"dims": "16,32", "head_dim": 8, "epochs": 3, "workers": 0}
 NO_KERNEL = "Kernel died before replying|Kernel didn't respond"
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ for torch.compile")
 TIMINGS = {"seconds", "time", "images_per_second"}
 
 
@@ -69,6 +72,6 @@ def untimed(run):
 def small_config(**changes):
     """The config of a small run on digits, as notebook 6 makes it."""
     running = vit_helpers.load_notebook("06_run")
-    parameters = {**vit_helpers.default_parameters(), "dims": "16,32", "head_dim": 8, **changes}
+    parameters = {"dims": "16,32", "head_dim": 8, **changes}
     config = running.configure(running.resolve(parameters), in_channels=1, num_classes=10)
     return {**config, "precision": "fp32"}

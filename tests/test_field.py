@@ -46,7 +46,7 @@ def interrupted_after(training, monkeypatch, epochs, **changes):
 
 
 def resolve(running, **changes):
-    return running.resolve({**vit_helpers.default_parameters(), **changes})
+    return running.resolve(changes)
 
 
 # ---- the same thing spelled otherwise
@@ -55,7 +55,8 @@ def resolve(running, **changes):
     (dict(model="ViT", recipe="SGD"), {}), (dict(dataset="Digits"), {}),
     (dict(augment="flip, crop"), dict(augment="crop,flip")),
     (dict(augment="+flip"), dict(augment="crop,flip")), (dict(augment="crop"), {}),
-    (dict(merge_at="3,2"), dict(merge_at="2, 3")),
+    (dict(merge_at="3,2"), dict(merge_at="2, 3")), (dict(merge_at="0"), dict(merge_at="")),
+    (dict(dims=[48, 96]), dict(dims="48,96")), (dict(dims=(48, 96)), dict(dims="48,96")),
     (dict(epochs=20, warmup_epochs=2.0), dict(epochs=20)), (dict(warmup_epochs=4.0), {}),
     (dict(dims="48,80", depth=2), dict(depth=2)), (dict(dims="48, 64,80,112,"), {}),
     (dict(run="runs/mine/"), dict(run="mine")), (dict(run="u\u0308"), dict(run="\u00fc")),
@@ -64,6 +65,11 @@ def resolve(running, **changes):
      dict(initial_weights=PUBLISHED))])
 def test_what_means_the_same_is_the_same_run(running, one, other):
     assert resolve(running, **one) == resolve(running, **other)
+
+
+def test_lists_of_a_plan_reach_the_script_as_text(running):
+    assert running.job_options({"dims": [48, 96], "epochs": 2}) == ["-r", "dims", "48,96",
+                                                                    "-p", "epochs", "2"]
 
 
 def test_what_means_something_else_has_another_name(running):

@@ -208,7 +208,7 @@ def test_the_settings_of_every_published_run_are_still_the_same_run(run):
     given = {name: value for name, value in settings.items() if name in known}
     for name in ("dims", "merge_at"):
         given[name] = ",".join(map(str, given[name]))
-    today = running.resolve({**vit_helpers.default_parameters(), **given, "run": "same"})
+    today = running.resolve({**given, "run": "same"})
     facts = {name: settings[name] for name in vit_helpers.DATA_FACTS}
     configured = running.configure(today, settings["in_channels"], settings["num_classes"])
     vit_helpers.refuse_changes(config, {**configured, **facts}, "published")

@@ -1,6 +1,5 @@
 """The models of 01_models.ipynb: what they compute, what they refuse, that they learn."""
 import re
-import shutil
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torchvision
 from torch import nn
 
 import vit_helpers
+from jobs import needs_compiler
 
 SMALL = dict(image_size=8, patch_size=2, in_channels=1, num_classes=10, head_dim=16)
 TORCHVISION_NAMES = [
@@ -61,9 +61,6 @@ def test_equals_torchvision(models, shape):
     print(f"largest difference of logits: {difference:.1e}, their sd: {expected.std().item():.2f}")
     assert expected.std() > 0.1
     assert difference < 1e-5
-
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ for torch.compile")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])

@@ -74,6 +74,14 @@ def test_a_plan_that_is_done_has_nothing_left(results, greys, capfd):
     assert capfd.readouterr().out.startswith("greys-cpu: 0 of 1 runs to train, about 0 minutes")
 
 
+def test_a_finished_run_with_other_settings_is_refused_before_anything_is_trained(results, greys):
+    [entry], _ = results.budget_plans(greys, "cpu", "results-1-epochs", 1)["greys-cpu"]
+    plans = {"new": ([{**entry, "run": "never-begun"}], 1), "old": ([{**entry, "epochs": 2}], 1)}
+    with pytest.raises(ValueError, match="epochs was 1 and is now 2"):
+        results.train_all(plans)
+    assert not (vit_helpers.RUNS / "never-begun").exists()
+
+
 def test_its_checkpoint_is_tested_again(results, greys, capfd):
     said = vit_helpers.read_json(vit_helpers.RUNS / GREYS / "results.json")["test_accuracy"]
     results.retest(["results-1-epochs/*"])
@@ -212,7 +220,7 @@ def test_the_published_plans_have_the_settings_of_the_published_runs(planned):
     there = [entry for entry in planned.values() if job.is_finished(entry)]
     for entry in there:
         config = published_run(entry["run"])["config"]
-        settings = job.resolve({**vit_helpers.default_parameters(), **entry})
+        settings = job.resolve(entry)
         facts = {name: config[name] for name in vit_helpers.DATA_FACTS}
         vit_helpers.refuse_changes(config, {**settings, **facts}, entry["run"])
     assert len(there) >= 24

@@ -120,6 +120,20 @@ def test_values_may_be_added_to_a_sweep(running):
     assert keys[0] < keys[1] and len(keys[1]) == 2 * len(keys[0])       # nothing is trained twice
 
 
+def test_a_sweep_does_not_go_on_with_other_images(running, tmp_path):
+    """Their losses would stand in one table.  What a file browser leaves does not count."""
+    trials = running.sweep_plan(running.sweep_words(f"{TWO_BY_TWO} dataset={tmp_path}"))
+    (tmp_path / "cat").mkdir()
+    for name in ("one.png", "two.png"):
+        (tmp_path / "cat" / name).touch()
+    folder = running.open_sweep("images", trials)
+    (tmp_path / ".DS_Store").touch()
+    assert running.open_sweep("images", trials) == folder
+    (tmp_path / "cat" / "three.png").touch()
+    with pytest.raises(ValueError, match="number of files in its folder was 2 and is now 3"):
+        running.open_sweep("images", trials)
+
+
 def test_words_are_read_as_make_writes_them(running):
     words = running.sweep_words(r"dataset=my\ photos/a,b dims=8,16/16 LOCKED=1 merge_at=/2")
     assert words == {"dataset": ["my photos/a,b"], "dims": ["8,16", "16"], "merge_at": ["", "2"]}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vit_helpers
-from jobs import TIMINGS, small_config
+from jobs import TIMINGS, needs_compiler, small_config
 
 
 def untimed(history):
@@ -120,20 +120,14 @@ def test_same_seed_same_curve(recipe, settings, train):
 
 def test_bf16_is_fp32_but_for_rounding(digits, settings, train, training):
     """One epoch in both, and one model that is asked in both."""
-    trained, losses = {}, {}
-    for precision in ("fp32", "bf16"):
-        config = settings(epochs=1, augment="none") | {"precision": precision}
-        trained[precision], [row] = train(config)
-        losses[precision] = row["train_loss"]
-        asked = training.predict_split(trained["fp32"], digits, digits.val, config)[0]
-        trained[precision].logits = asked.float()
-    assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 0.01
-    one, other = trained["fp32"].logits, trained["bf16"].logits
-    assert 0 < (one - other).abs().max() < 0.05 * one.abs().max()
-    assert trained["bf16"].head.weight.dtype == torch.float32      # what is stored is not rounded
-
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ for torch.compile")
+    configs = [settings(epochs=1, augment="none") | {"precision": precision}
+               for precision in ("fp32", "bf16")]
+    (one, [row]), (other, [other_row]) = map(train, configs)
+    assert 0 < abs(other_row["train_loss"] / row["train_loss"] - 1) < 0.01
+    exact, rounded = (training.predict_split(one, digits, digits.val, config)[0].float()
+                      for config in configs)
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+    assert other.head.weight.dtype == torch.float32         # what is stored is not rounded
 
 
 @needs_compiler
@@ -590,6 +584,13 @@ def test_a_run_that_goes_on_keeps_its_precision_unless_another_is_asked_for(runn
     assert "was trained in bf16; for fp32 give it another name" in capsys.readouterr().out
 
 
+def test_without_its_config_a_run_keeps_the_precision_of_its_checkpoint(running, settings, train):
+    config = settings(run="config-gone", epochs=1)
+    train(config | {"precision": "bf16"}, vit_helpers.SAVED_MODELS / "config-gone")
+    assert running.keep_choice(config, {"precision": None, "threads": 1})
+    assert config["precision"] == "bf16"
+
+
 # ---- parameters
 
 @pytest.mark.parametrize("value, kind, result", [
@@ -641,7 +642,7 @@ def test_a_misspelt_name_in_the_parameters_cell_is_refused():
 
 
 def resolved(running, **changes):
-    return running.resolve({**vit_helpers.default_parameters(), **changes})
+    return running.resolve(changes)
 
 
 @pytest.mark.parametrize("changes", [
